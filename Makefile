@@ -1,0 +1,39 @@
+# Set-up is part of every target: the first call makes .venv, later ones start at once.
+#   PYTHON    the interpreter to use (3.11 or 3.12)
+#   PIP_ARGS  extra arguments for pip, for example to choose a CPU or CUDA build of torch (see README)
+PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(if $(shell command -v $(p) 2>/dev/null),$(p))))
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.PHONY: demo test check bench clean help
+
+demo: $(READY) ## two sites codistil on real text, live; ends with a table and a report
+	$(BIN)/p2pcodistill simulate simulations/pair.toml $(ARGS)
+
+test: $(READY) ## the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY) ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY) ## the benchmarks, one JSON object a line
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 12); sys.exit(None if ok else "p2pcodistill needs Python 3.11 or 3.12, and this is %s: call make PYTHON=/path/to/python3.12" % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt $(PIP_ARGS) torch
+	$(BIN)/pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable '.[dev]'
+	@touch $@
