@@ -1,0 +1,329 @@
+"""Strict, frozen models of the files a user writes, and one clear line for everything that is wrong in them.
+
+Unknown keys are errors that name the key and the nearest valid one; one file describes a run completely. `NodeConfig` is a
+site's file (`nodes/`), `GroupSpec` is what a node writes for its ranks; the scenario file's model, which embeds these, is in
+`simulation/scenario.py`. Fields carry their unit in their name; each is documented here and in the README.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from p2pcodistill.errors import ConfigError, UserError
+from p2pcodistill.identity import PublicIdentity, check_site_name
+
+MAX_CONFIG_FILE_BYTES = 1 << 20
+
+
+class StrictModel(BaseModel):
+    """Base of every configuration model: frozen, no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+SiteName = Annotated[
+    str, BeforeValidator(lambda name: check_site_name(name) if isinstance(name, str) else name)
+]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class CodistillationConfig(StrictModel):
+    """When and how the student learns from its teachers (Anil et al. 2018, Algorithm 1)."""
+
+    burn_in_steps: NonNegativeInt = 200
+    """Steps before any distillation: early teachers are harmful, and models should stay diverse."""
+    ramp_steps: NonNegativeInt = 0
+    """Steps over which the weight grows linearly from 0 after burn-in; 0 switches it on at once, as in the paper."""
+    exchange_interval_steps: PositiveInt = 50
+    """Steps between two published snapshots."""
+    weight: NonNegativeFloat = 1.0
+    """Factor of the distillation loss; the paper uses 1."""
+    loss: Literal["soft-cross-entropy", "kl", "squared-error"] = "soft-cross-entropy"
+    """psi: soft cross-entropy with the teachers' mean prediction, KL(teacher || student), or squared error on logits."""
+    aggregation: Literal["mean-probabilities", "mean-logits", "mean-losses"] = "mean-probabilities"
+    """How several teachers become one target: Anil et al. average predictions, Sodhani et al. the losses against each."""
+    temperature: PositiveFloat = 1.0
+    """Divides student's and teachers' logits in the distillation loss (scaled by its square); the paper uses 1."""
+    agreement_interval_steps: PositiveInt = 5
+    """Steps between two votes of the ranks on swapping teachers and on stopping."""
+
+
+class TrainingConfig(StrictModel):
+    """The reference training loop."""
+
+    num_steps: PositiveInt = 2000
+    """Updates of the whole run."""
+    batch_size: PositiveInt = 32
+    """Examples (documents, for the language model) per step and rank."""
+    learning_rate: PositiveFloat = 2e-3
+    """Peak rate of Adam."""
+    learning_rate_schedule: Literal["cosine", "constant"] = "cosine"
+    """`cosine` decays to zero over the run (a constant rate flatters codistillation)."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the rate first grows linearly."""
+    max_gradient_norm: NonNegativeFloat = 1.0
+    """Clip the global norm of the gradient to this; 0 does not clip."""
+    seed: NonNegativeInt = 0
+    """Seeds initialisation and example order; sites of a run need different seeds, simulate sees to it."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast of forward passes. `auto`: bfloat16 where the processor computes it natively, else float32."""
+    evaluation_interval_steps: PositiveInt = 50
+    """Steps between two evaluations on held-out data."""
+    checkpoint_interval_steps: PositiveInt = 250
+    """Steps between two training checkpoints, from which a restarted group goes on."""
+    report_interval_steps: PositiveInt = 10
+    """Steps between two `step-measured` events."""
+
+
+class LanguageModelConfig(StrictModel):
+    """The language-model task: a byte-level LSTM whose hidden state is carried across windows."""
+
+    name: Literal["language-model"] = "language-model"
+    """What is trained: a byte-level LSTM language model, its hidden state carried from window to window."""
+    data: tuple[Path, ...] = ()
+    """Files or folders of text of this site; empty: this site's share of the Python standard library's sources."""
+    held_out: tuple[Path, ...] = ()
+    """Files or folders to evaluate on; empty: a part of `data` that is then not trained on."""
+    max_data_bytes: PositiveInt | None = None
+    """Train on at most this much text."""
+    max_held_out_bytes: PositiveInt = 32_768
+    """Evaluate on at most this much text."""
+    embedding_size: PositiveInt = 64
+    """Width of a byte's embedding."""
+    hidden_size: PositiveInt = 256
+    """Width of each LSTM layer."""
+    num_layers: PositiveInt = 2
+    """LSTM layers."""
+    window_bytes: PositiveInt = 32
+    """Truncation length of back-propagation through time."""
+
+
+class GroupConfig(StrictModel):
+    """The site's workers."""
+
+    num_ranks: PositiveInt = 1
+    """Workers of the DDP group on this machine, one a GPU where there are GPUs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: GPUs if there is one for each rank, else the CPU."""
+    num_threads: PositiveInt = 1
+    """CPU threads of each rank."""
+    script: Path | None = None
+    """Your own training script, run by torchrun in place of the reference loop; it calls `p2pcodistill.join`."""
+    script_arguments: tuple[str, ...] = ()
+    """Arguments of your script."""
+    max_restarts: NonNegativeInt = 3
+    """Restarts after crashes of the group within one life of the node."""
+    restart_delay_s: PositiveFloat = 1.0
+    """Delay before the first restart; doubles with each further one, at most 60 s."""
+    stop_grace_s: PositiveFloat = 60.0
+    """Time for the ranks to agree on a step, checkpoint and exit before they are killed."""
+
+
+class PeerConfig(StrictModel):
+    """A member of the run other than this site."""
+
+    name: SiteName
+    """The peer's name."""
+    public_identity: str
+    """The line that `p2pcodistill keygen` printed at the peer's site."""
+    address: str | None = None
+    """Where the peer listens, `tcp://host:port`; leave it out for a peer that dials us (behind NAT)."""
+
+    @property
+    def identity(self) -> PublicIdentity:
+        """The parsed public identity; raises IdentityError."""
+        return PublicIdentity.parse(self.public_identity)
+
+
+class NodeConfig(StrictModel):
+    """A site's file: `p2pcodistill node FILE`. Paths are relative to the folder of the file."""
+
+    name: SiteName
+    """This site's name, as its peers call it."""
+    run: SiteName = "run"
+    """Name of the run; nodes of different runs refuse each other."""
+    listen: str = "tcp://127.0.0.1:5600"
+    """Address to listen on; use `tcp://0.0.0.0:PORT` to be reachable from other machines."""
+    identity: Path | None = None
+    """The identity file; `<name>.key` by default."""
+    run_folder: Path | None = None
+    """Everything of this run at this site; `runs/<run>-<name>` by default."""
+    topology: str = "pair"
+    """`pair`, `ring`, `full` or a graph file."""
+    peers: tuple[PeerConfig, ...] = ()
+    """The other members, each a table `[[peers]]`; none for a site alone."""
+    members: tuple[SiteName, ...] = ()
+    """All sites in the order that every node uses; sorted by name by default. Matters for `ring`."""
+    linger_s: NonNegativeFloat = 600.0
+    """How long a finished site serves its last checkpoint to neighbours that have not finished."""
+    group: GroupConfig = GroupConfig()
+    task: LanguageModelConfig = LanguageModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    codistillation: CodistillationConfig = CodistillationConfig()
+
+    @property
+    def ordered_members(self) -> tuple[str, ...]:
+        """The members, this site included, in the order that all nodes agree on. Raises ConfigError."""
+        names = [peer.name for peer in self.peers]
+        if self.name in names:
+            raise ConfigError(f"the peer {self.name!r} has this site's own name: peers are the other members")
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"the peer {name!r} is listed twice")
+        everyone = sorted([self.name, *names])
+        if self.members and sorted(self.members) != everyone:
+            raise ConfigError(
+                f"members ({', '.join(self.members)}) must list this site and its peers ({', '.join(everyone)}), each once"
+            )
+        return self.members or tuple(everyone)
+
+
+class GroupSpec(StrictModel):
+    """What a node tells its ranks: one JSON file, named by the environment variable `P2PCODISTILL_GROUP`."""
+
+    site: str
+    link_address: str
+    """`ipc://` address of the link between rank 0 and the node."""
+    link_token: str
+    """Tells this launch of the group from earlier ones."""
+    outbox_folder: Path
+    """Where rank 0 puts encoded frames for the node to take."""
+    training_folder: Path
+    """Where the ranks keep their training checkpoints."""
+    model_path: Path
+    """Where the reference loop writes the final model (safetensors)."""
+    teachers: dict[str, float]
+    """Weight of each teacher, by name."""
+    shard_index: NonNegativeInt
+    num_shards: PositiveInt
+    """This site's share of text that all sites have (used when `task.data` is empty)."""
+    group: GroupConfig
+    task: LanguageModelConfig
+    training: TrainingConfig
+    codistillation: CodistillationConfig
+
+
+GROUP_SPEC_VARIABLE = "P2PCODISTILL_GROUP"
+
+Model = TypeVar("Model", bound=StrictModel)
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """The table in the TOML file `path`. Raises ConfigError that names the file."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_FILE_BYTES:
+            raise ConfigError(
+                f"{path} is larger than {MAX_CONFIG_FILE_BYTES >> 20} MiB: not a configuration file"
+            )
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no such file: {path}") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def parse_model(model: type[Model], table: Mapping[str, Any], *, source: str) -> Model:
+    """`table` as a `model`. Raises ConfigError: one line that names `source`, the key and what to write instead."""
+    try:
+        # Through JSON, so that strict mode takes arrays for tuples and strings for paths, and nothing else.
+        return model.model_validate_json(json.dumps(table, default=str))
+    except ValidationError as error:
+        # A misspelt key is also a missing one: name the misspelling.
+        first, *others = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+        more = f" (and {len(others)} more)" if others else ""
+        raise ConfigError(f"{source}: {_describe(model, first)}{more}") from None
+    except UserError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _describe(model: type[StrictModel], error: Any) -> str:
+    location = tuple(error["loc"])
+    key = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        valid = _fields_at(model, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(valid)}"
+        return f"unknown key {key!r}: {hint}"
+    if error["type"] == "missing":
+        return f"the key {key!r} is missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    given = error.get("input")
+    shown = f", got {given!r}" if isinstance(given, str | int | float | bool) else ""
+    return f"{key}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """The valid keys of the (possibly nested) model that `location` leads to."""
+    current: Any = model
+    for part in location:
+        if isinstance(part, str) and part in getattr(current, "model_fields", {}):
+            current = _model_in(current.model_fields[part].annotation)
+    return list(getattr(current, "model_fields", {}))
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in typing.get_args(annotation):
+        found = _model_in(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def override(table: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """`table` with each `dotted.key=value` of the command line's `--set` applied; values are TOML, else plain text.
+
+    Raises ConfigError for an assignment that has no `=` or that leads into something that is not a table.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(table, default=str))
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set takes KEY=VALUE, got {assignment!r}")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *parents, last = key.strip().split(".")
+        current = result
+        for parent in parents:
+            current = current.setdefault(parent, {})
+            if not isinstance(current, dict):
+                raise ConfigError(f"--set {key}: {parent!r} is not a table")
+        current[last] = value
+    return result
+
+
+def parse_peer(text: str) -> PeerConfig:
+    """A peer of the command line, `NAME=tcp://HOST:PORT#PUBLIC-IDENTITY` (no address: `NAME=#PUBLIC-IDENTITY`).
+
+    Raises ConfigError or IdentityError.
+    """
+    name, equals, rest = text.partition("=")
+    address, hash_sign, identity = rest.rpartition("#")
+    if not equals or not hash_sign:
+        raise ConfigError(
+            f"--peers {text!r}: write NAME=tcp://HOST:PORT#PUBLIC-IDENTITY, in quotes where the shell treats # specially"
+        )
+    peer = PeerConfig(name=check_site_name(name), public_identity=identity, address=address or None)
+    try:
+        _ = peer.identity
+    except UserError as error:
+        raise ConfigError(f"--peers {name}: {error}") from None
+    return peer

@@ -1,0 +1,356 @@
+"""Typed events: what a site says about itself, as JSON lines that everything else is derived from.
+
+A node appends every event to `events.jsonl` in its run folder; the live view, the summary and the report read events and
+nothing else. Ranks hand their events to the node over the link, so one file tells the whole story of a site.
+
+An event's record is one flat JSON object: `event` (its name), `time_unix_s` (the wall clock of the machine that wrote it;
+informative only, nothing is ordered by it) and the fields of its class.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, TextIO, TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base of all events. `name` is what the record's `event` key says."""
+
+    name: ClassVar[str] = ""
+
+
+EVENT_TYPES: dict[str, type[Event]] = {}
+
+
+def _event(cls: type[Event]) -> type[Event]:
+    EVENT_TYPES[cls.name] = cls
+    return cls
+
+
+# --- the node
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class NodeStarted(Event):
+    """The node listens. `neighbours` are the members that this site exchanges with."""
+
+    name: ClassVar[str] = "node-started"
+    site: str
+    run: str
+    listen: str
+    incarnation: int
+    neighbours: list[str]
+    pid: int
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class NodeStopped(Event):
+    """The node has shut down. `reason` is `finished`, `stopped` (a signal) or `failed`."""
+
+    name: ClassVar[str] = "node-stopped"
+    site: str
+    reason: str
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class PeerConnected(Event):
+    """A neighbour's hello was accepted."""
+
+    name: ClassVar[str] = "peer-connected"
+    peer: str
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class PeerDisconnected(Event):
+    """The last connection with a neighbour is gone; the transport keeps trying."""
+
+    name: ClassVar[str] = "peer-disconnected"
+    peer: str
+    why: str
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class Refused(Event):
+    """Something from outside was refused; `reason` is a class-level word of `errors.RefusedError`, `why` the sentence.
+
+    One event may stand for `num_times` alike.
+    """
+
+    name: ClassVar[str] = "refused"
+    peer: str | None
+    reason: str
+    why: str
+    num_times: int = 1
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class VersionAnnounced(Event):
+    """A verified manifest of `origin` arrived: this is the newest version known here."""
+
+    name: ClassVar[str] = "version-announced"
+    origin: str
+    incarnation: int
+    step: int
+    num_bytes: int
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class FrameFetched(Event):
+    """A frame is complete, verified and stored. `num_resent_bytes` arrived more than once."""
+
+    name: ClassVar[str] = "frame-fetched"
+    origin: str
+    incarnation: int
+    step: int
+    num_bytes: int
+    num_resent_bytes: int
+    duration_s: float
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class FramePublished(Event):
+    """This site's checkpoint was encoded, signed, stored and announced. `num_fp16_bytes`: the same tensors as raw fp16."""
+
+    name: ClassVar[str] = "frame-published"
+    incarnation: int
+    step: int
+    num_bytes: int
+    num_fp16_bytes: int
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class TrafficMeasured(Event):
+    """Bytes handed to and received from the transport since the node started, envelopes included."""
+
+    name: ClassVar[str] = "traffic-measured"
+    num_bytes_sent: int
+    num_bytes_received: int
+    num_bytes_sent_by_peer: dict[str, int]
+    num_bytes_received_by_peer: dict[str, int]
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class GroupStarted(Event):
+    """The site's workers were launched; `attempt` counts from 0 within one life of the node."""
+
+    name: ClassVar[str] = "group-started"
+    attempt: int
+    num_ranks: int
+    pid: int
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class GroupExited(Event):
+    """The workers ended. `restart_in_s` is None when the node will not start them again."""
+
+    name: ClassVar[str] = "group-exited"
+    exit_status: int
+    restart_in_s: float | None
+
+
+# --- the ranks
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class TrainingStarted(Event):
+    """Rank 0 is about to take its first step. `num_parameters` counts elements; `start_step` is above 0 after a resume."""
+
+    name: ClassVar[str] = "training-started"
+    start_step: int
+    num_steps: int
+    num_parameters: int
+    num_ranks: int
+    device: str
+    precision: str
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class StepMeasured(Event):
+    """Means over the steps since the previous such event, at `step` (1-based count of completed updates)."""
+
+    name: ClassVar[str] = "step-measured"
+    step: int
+    loss: float
+    distillation_loss: float | None
+    learning_rate: float
+    steps_per_s: float
+    exchange_s: float
+    duration_s: float
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class Evaluated(Event):
+    """Held-out loss (mean nats per prediction for the language model) after `step` updates."""
+
+    name: ClassVar[str] = "evaluated"
+    step: int
+    val_loss: float
+    duration_s: float
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class TeacherSwapped(Event):
+    """After `step` updates the group began to learn from this version of `teacher`, the same on every rank."""
+
+    name: ClassVar[str] = "teacher-swapped"
+    step: int
+    teacher: str
+    incarnation: int
+    teacher_step: int
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class TeacherRefused(Event):
+    """A fetched checkpoint did not become a teacher: it does not decode, does not fit or is not finite."""
+
+    name: ClassVar[str] = "teacher-refused"
+    step: int
+    teacher: str
+    incarnation: int
+    teacher_step: int
+    reason: str
+    why: str
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class SnapshotSkipped(Event):
+    """An exchange was due and nothing was published. `why`: the encoder was still busy, or weights are not finite."""
+
+    name: ClassVar[str] = "snapshot-skipped"
+    step: int
+    why: str
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class TrainingCheckpointed(Event):
+    """A complete training checkpoint is on disk."""
+
+    name: ClassVar[str] = "training-checkpointed"
+    step: int
+    duration_s: float
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class TrainingEnded(Event):
+    """The loop is over: `finished` is False when the ranks agreed to stop early."""
+
+    name: ClassVar[str] = "training-ended"
+    step: int
+    finished: bool
+    exchange_s: float
+    duration_s: float
+
+
+# --- records
+
+Record: TypeAlias = dict[str, Any]
+
+
+def _finite(value: Any) -> Any:
+    # JSON has no NaN; a diverged loss must still be readable by strict parsers.
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_record(event: Event, *, time_unix_s: float | None = None) -> Record:
+    """The flat record of `event`, stamped with `time_unix_s` (now by default)."""
+    stamp = time.time() if time_unix_s is None else time_unix_s
+    return {"event": event.name, "time_unix_s": stamp} | {k: _finite(v) for k, v in asdict(event).items()}
+
+
+def from_record(record: Record) -> Event:
+    """The event of a record; `time_unix_s` is left to the caller.
+
+    Raises ValueError when the record names no event of this version or lacks a field.
+    """
+    cls = EVENT_TYPES.get(str(record.get("event")))
+    if cls is None:
+        raise ValueError(f"unknown event {record.get('event')!r}")
+    try:
+        return cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record or f.default is MISSING})
+    except KeyError as error:
+        raise ValueError(f"event {cls.name!r} lacks the field {error}") from error
+
+
+class EventLog:
+    """Appends events to a JSONL file and hands each to subscribers, in order.
+
+    Lines are flushed one by one, so that a reader (the live view of `simulate`, `tail -f`) is never far behind and a killed
+    node loses at most the line being written.
+    """
+
+    def __init__(self, path: Path, *subscribers: Callable[[Record], None]) -> None:
+        self._file: TextIO = path.open("a+", encoding="utf-8")
+        self._subscribers = subscribers
+        if _ends_within_a_line(path):  # a killed writer tore its last line
+            self._file.write("\n")
+
+    def write(self, event: Event) -> None:
+        """Append one event."""
+        self.write_record(to_record(event))
+
+    def write_record(self, record: Record) -> None:
+        """Append a record that was stamped elsewhere (a rank's)."""
+        self._file.write(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
+        self._file.flush()
+        for subscriber in self._subscribers:
+            subscriber(record)
+
+    def close(self) -> None:
+        """Close the file; further writes raise ValueError."""
+        self._file.close()
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+
+
+class EventTail:
+    """Reads a growing JSONL file of events from where it left off. A torn last line waits for its end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset_bytes = 0
+
+    def read(self) -> Iterator[Record]:
+        """Yield the records that are complete since the last call; nothing while the file does not exist."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset_bytes)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset_bytes += len(line)
+                try:
+                    record = json.loads(line)
+                except ValueError:  # the line a killed writer tore, healed by the next writer's newline
+                    continue
+                if isinstance(record, dict):
+                    yield record

@@ -1,0 +1,100 @@
+"""Configuration: strict models, one-line errors that name the key, overrides, peers on the command line."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2pcodistill.config import NodeConfig, load_toml, override, parse_model, parse_peer
+from p2pcodistill.errors import ConfigError, UserError
+from p2pcodistill.identity import Identity
+
+PUBLIC = str(Identity.from_secrets(b"s" * 32, b"c" * 32).public)
+
+
+def parse(table):
+    return parse_model(NodeConfig, table, source="site.toml")
+
+
+def test_a_minimal_file_has_the_documented_defaults():
+    config = parse({"name": "berlin"})
+    assert config.topology == "pair"
+    assert config.codistillation.exchange_interval_steps == 50
+    assert config.codistillation.loss == "soft-cross-entropy"
+    assert config.training.learning_rate_schedule == "cosine"
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({}, "the key 'name' is missing"),
+        ({"name": "b", "trainig": {}}, "unknown key 'trainig': did you mean 'training'"),
+        ({"name": "b", "training": {"num_step": 3}}, "unknown key 'training.num_step': did you mean 'num_steps'"),
+        ({"name": "b", "training": {"num_steps": "3"}}, "training.num_steps: .* got '3'"),
+        ({"name": "b", "training": {"num_steps": 0}}, "training.num_steps: .* greater than or equal to 1"),
+        ({"name": "b", "training": {"learning_rate": float("inf")}}, "training.learning_rate"),
+        ({"name": "b", "codistillation": {"loss": "mse"}}, "codistillation.loss: .*'squared-error', got 'mse'"),
+        ({"name": "b", "task": {"name": "vision"}}, "task.name: .*'language-model', got 'vision'"),
+        ({"name": "b", "peers": [{"name": "t", "publc_identity": "x"}]}, "did you mean 'public_identity'"),
+        ({"name": "b/c"}, "cannot name a site"),
+    ],
+)
+def test_every_mistake_is_one_line_that_names_the_key(table, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse(table)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("site.toml: ")
+
+
+def test_members_are_sorted_by_default_and_checked_when_given():
+    peers = [{"name": name, "public_identity": PUBLIC} for name in ("tokyo", "lima")]
+    assert parse({"name": "oslo", "peers": peers}).ordered_members == ("lima", "oslo", "tokyo")
+    chosen = parse({"name": "oslo", "peers": peers, "members": ["tokyo", "oslo", "lima"]})
+    assert chosen.ordered_members == ("tokyo", "oslo", "lima")
+    with pytest.raises(ConfigError, match="must list this site and its peers"):
+        _ = parse({"name": "oslo", "peers": peers, "members": ["tokyo", "oslo"]}).ordered_members
+    with pytest.raises(ConfigError, match="own name"):
+        _ = parse({"name": "lima", "peers": peers}).ordered_members
+    with pytest.raises(ConfigError, match="listed twice"):
+        _ = parse({"name": "oslo", "peers": peers + peers[:1]}).ordered_members
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    broken = tmp_path / "broken.toml"
+    broken.write_text("name = \n")
+    with pytest.raises(ConfigError, match=r"broken\.toml is not valid TOML.*line 1"):
+        load_toml(broken)
+    with pytest.raises(ConfigError, match=r"no such file: .*missing\.toml"):
+        load_toml(tmp_path / "missing.toml")
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_toml(tmp_path)
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_toml(tmp_path / "binary.toml")
+
+
+def test_overrides_take_toml_values_or_plain_text():
+    table = {"name": "b", "training": {"num_steps": 5, "seed": 1}}
+    changed = override(table, ["training.num_steps=7", "codistillation.loss=kl", 'task.data=["x"]'])
+    assert changed["training"] == {"num_steps": 7, "seed": 1}
+    assert changed["codistillation"] == {"loss": "kl"}
+    assert changed["task"] == {"data": ["x"]}
+    assert table["training"]["num_steps"] == 5
+
+
+@pytest.mark.parametrize(("assignment", "message"), [("num_steps", "KEY=VALUE"), ("name.x=1", "'name' is not a table")])
+def test_overrides_that_make_no_sense(assignment, message):
+    with pytest.raises(ConfigError, match=message):
+        override({"name": "b"}, [assignment])
+
+
+def test_peers_of_the_command_line():
+    peer = parse_peer(f"tokyo=tcp://tokyo.example:5600#{PUBLIC}")
+    assert (peer.name, peer.address) == ("tokyo", "tcp://tokyo.example:5600")
+    assert str(peer.identity) == PUBLIC
+    assert parse_peer(f"tokyo=#{PUBLIC}").address is None
+
+
+@given(st.text(max_size=120))
+def test_arbitrary_peers_are_refused_by_a_user_error(text):
+    with pytest.raises(UserError):
+        parse_peer(text)
