@@ -1,0 +1,107 @@
+"""The named tensors of one step, copied to the CPU: where a checkpoint's way to the peers begins.
+
+Names are exact: those of the user's own module, without what DDP (`module.`) or `torch.compile` (`_orig_mod.`) put in
+front, so that sites may wrap the same model differently. Persistent buffers belong to the snapshot, because a teacher
+runs in eval mode, on the statistics that it was trained with. Tied tensors are found by identity and travel once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import msgpack
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+_SCHEMA_DOMAIN = b"p2pcodistill schema 1\0"
+
+TensorSpec: TypeAlias = tuple[str, str, tuple[int, ...]]
+"""A tensor's name, dtype (as in `dtype_name`) and shape."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model after `step` updates.
+
+    `tensors` are contiguous CPU copies of their own, in the order of the model's state dict; `aliases` maps the name of
+    a tied tensor to the name under which its values travel; `buffers` are those names in `tensors` that are no
+    parameters.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    aliases: dict[str, str]
+    buffers: frozenset[str] = frozenset()
+
+    @property
+    def schema_hash(self) -> bytes:
+        """32 bytes, equal for equal names, shapes, dtypes and ties: see `schema_hash`."""
+        return schema_hash(self.tensors, self.aliases)
+
+    @property
+    def num_fp16_bytes(self) -> int:
+        """Bytes of the same tensors with every floating number as raw fp16: the yardstick for compression."""
+        return sum(tensor.numel() * _fp16_itemsize(tensor.dtype) for tensor in self.tensors.values())
+
+
+def take_snapshot(model: nn.Module, step: int) -> Snapshot:
+    """Copy `model`'s parameters and persistent buffers, once each, after `step` updates.
+
+    `model` may be plain, wrapped in DDP, compiled, or on an accelerator. Later updates do not alter the snapshot. Raises
+    TypeError when its state holds anything but tensors (`get_extra_state`): that could only travel as a pickle.
+    """
+    parameters = {_identity(parameter) for parameter in model.parameters()}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    buffers: set[str] = set()
+    first_name: dict[_Identity, str] = {}
+    for name, value in get_model_state_dict(model).items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"the model's state {name!r} is a {type(value).__name__}: only tensors can travel"
+            )
+        identity = _identity(value)
+        if value.numel() and identity in first_name:
+            aliases[name] = first_name[identity]
+            continue
+        first_name[identity] = name
+        if identity not in parameters:
+            buffers.add(name)
+        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return Snapshot(step, tensors, aliases, frozenset(buffers))
+
+
+def schema_hash(tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> bytes:
+    """SHA-256 of names, dtypes and shapes of `tensors`, and of `aliases`; their order does not matter."""
+    specs = ((name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items())
+    return hash_schema(specs, aliases)
+
+
+def hash_schema(specs: Iterable[TensorSpec], aliases: Mapping[str, str]) -> bytes:
+    """`schema_hash` of tensors that are known by description only (a frame's header)."""
+    canonical: bytes = msgpack.packb((sorted(specs), sorted(aliases.items())))
+    return hashlib.sha256(_SCHEMA_DOMAIN + canonical).digest()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`: the name in schemas and frames."""
+    return str(dtype).removeprefix("torch.")
+
+
+_Identity: TypeAlias = tuple[int, int, torch.dtype, torch.Size, tuple[int, ...]]
+
+
+def _identity(tensor: Tensor) -> _Identity:
+    """Equal for tensors that are the same memory seen in the same way; `state_dict` makes new tensor objects."""
+    storage = tensor.untyped_storage().data_ptr()
+    return storage, int(tensor.storage_offset()), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _fp16_itemsize(dtype: torch.dtype) -> int:
+    if dtype.is_complex:
+        return 4
+    return 2 if dtype.is_floating_point else dtype.itemsize

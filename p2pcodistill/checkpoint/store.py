@@ -1,0 +1,462 @@
+"""A site's frames on disk: content-addressed, atomic, crash-safe, bounded.
+
+    site.json                        the site's incarnation, and the schema hash pinned for each origin
+    manifests/<frame_id>.manifest    msgpack [body, signature] of every frame below
+    frames/<frame_id>.frame          a complete frame: renamed in whole, and from then on only ever unlinked
+    frames/<frame_id>.part           a frame being fetched: chunks at their offsets, holes between them
+    *.tmp                            any of these being written; worthless after a crash
+
+A frame counts as complete from the rename of its file on, and its manifest is durable before that. So a crash
+between any two writes leaves the last complete version readable, and at most files that belong to nothing;
+opening the store removes those. Chunks are written without fsync: what a partial frame really holds after a
+crash is found out by hashing it.
+
+Readers elsewhere may map a `.frame` file; pruning it does not disturb them. This module is part of the byte
+plane and imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgpack
+
+from p2pcodistill.checkpoint.manifest import (
+    DIGEST_BYTES,
+    MAX_FRAME_BYTES,
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    SignedManifest,
+    digest_chunks,
+    verify_manifest,
+)
+from p2pcodistill.errors import (
+    ChecksumError,
+    MalformedError,
+    OversizedError,
+    RefusedError,
+    RunFolderError,
+    SchemaMismatchError,
+    UnknownPeerError,
+)
+from p2pcodistill.identity import SIGNATURE_BYTES, PublicIdentity
+
+DEFAULT_MAX_STORE_BYTES = MAX_FRAME_BYTES
+_MAX_MANIFEST_FILE_BYTES = MAX_MANIFEST_BYTES + SIGNATURE_BYTES + 16
+_SITE_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFrame:
+    """A complete frame: what was signed, and the file that holds its bytes."""
+
+    signed: SignedManifest
+    path: Path
+
+
+@dataclass(slots=True)
+class _Partial:
+    signed: SignedManifest
+    descriptor: int
+    present: set[int]
+
+
+class FrameStore:
+    """The store in one folder, for one process.
+
+    Every method blocks on the disk. Threads may share a store; one call runs at a time. A full disk surfaces
+    as OSError from the method that met it, and leaves the store as it was before the call.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keys: Mapping[str, PublicIdentity],
+        max_bytes: int = DEFAULT_MAX_STORE_BYTES,
+    ) -> None:
+        """Open the store in `folder` (made if missing): verify every frame by hash, remove what a crash left.
+
+        `keys` names the members whose frames are kept; `max_bytes` bounds complete plus partial frames.
+        Raises RunFolderError when `site.json` is damaged, OSError when the folder cannot be used.
+        """
+        self._folder = folder
+        self._frames_folder = folder / "frames"
+        self._manifests_folder = folder / "manifests"
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._complete: dict[str, StoredFrame] = {}
+        self._partials: dict[str, _Partial] = {}
+        self._leftovers: dict[
+            str, SignedManifest
+        ] = {}  # partial frames of an earlier life, not begun in this one
+        for needed in (folder, self._frames_folder, self._manifests_folder):
+            needed.mkdir(parents=True, exist_ok=True)
+        self._incarnation, self._pinned_schemas = self._read_site()
+        self._heal(keys)
+
+    # --- the site ----------------------------------------------------------------------------------------------------
+
+    @property
+    def incarnation(self) -> int:
+        """The incarnation saved last; 0 when none was yet."""
+        return self._incarnation
+
+    def save_incarnation(self, incarnation: int) -> None:
+        """Make `incarnation` durable. Raises ValueError if it is below the saved one, OSError."""
+        with self._lock:
+            if incarnation < self._incarnation:
+                raise ValueError(f"incarnation {incarnation} is below the saved {self._incarnation}")
+            self._write_site(incarnation, self._pinned_schemas)
+            self._incarnation = incarnation
+
+    def pinned_schema(self, origin: str) -> bytes | None:
+        """The schema hash that `origin`'s frames must have; None before the first was pinned."""
+        return self._pinned_schemas.get(origin)
+
+    def pin_schema(self, origin: str, schema_hash: bytes) -> None:
+        """Make the pin durable. Raises SchemaMismatchError when another is pinned for `origin`, OSError."""
+        with self._lock:
+            pinned = self._pinned_schemas.get(origin)
+            if pinned == schema_hash:
+                return
+            if pinned is not None:
+                raise SchemaMismatchError(f"{origin!r} has another schema pinned: {pinned.hex()}")
+            pins = self._pinned_schemas | {origin: schema_hash}
+            self._write_site(self._incarnation, pins)
+            self._pinned_schemas = pins
+
+    # --- writing frames ----------------------------------------------------------------------------------------------
+
+    def adopt(self, signed: SignedManifest, source: Path) -> StoredFrame:
+        """Move this site's own encoded frame in: rename it, or copy it from another file system.
+
+        Raises ChecksumError when the file's size is not the manifest's, OversizedError when it can never fit,
+        OSError. `source` is gone afterwards, and may be gone after a failure.
+        """
+        with self._lock:
+            frame_id = signed.frame_id
+            if frame_id in self._complete:
+                source.unlink()
+                return self._complete[frame_id]
+            num_bytes = source.stat().st_size
+            if num_bytes != signed.manifest.num_bytes:
+                raise ChecksumError(
+                    f"{source} holds {num_bytes} bytes, its manifest says {signed.manifest.num_bytes}"
+                )
+            self._check_room(num_bytes)
+            staged = self._frames_folder / f"{frame_id}.tmp"
+            try:
+                _move(source, staged)
+                _sync(staged)
+                self._write_manifest(frame_id, signed)
+                return self._admit(frame_id, signed, staged)
+            except OSError:
+                staged.unlink(missing_ok=True)
+                if frame_id not in self._complete:
+                    self._unlink(frame_id)
+                raise
+
+    def begin(self, signed: SignedManifest) -> frozenset[int]:
+        """Open a partial frame, or continue one, and return the indices of the chunks that it holds.
+
+        A frame that is complete holds them all. What an earlier life left is verified chunk by chunk.
+        Obligation: `signed` was verified. Raises OversizedError when the frame can never fit, OSError.
+        """
+        with self._lock:
+            frame_id = signed.frame_id
+            if frame_id in self._complete:
+                return frozenset(range(signed.manifest.num_chunks))
+            if frame_id not in self._partials:
+                self._partials[frame_id] = self._open_partial(frame_id, signed)
+                self._leftovers.pop(frame_id, None)
+            return frozenset(self._partials[frame_id].present)
+
+    def put_chunk(self, frame_id: str, index: int, data: bytes) -> None:
+        """Write one chunk of a frame that was begun.
+
+        Obligation: the caller verified the hash of `data`. Raises KeyError when it was not begun, IndexError
+        or ValueError when the manifest has no such chunk or another length for it, OSError.
+        """
+        with self._lock:
+            partial = self._partials[frame_id]
+            offset, length = partial.signed.manifest.chunk_range(index)
+            if len(data) != length:
+                raise ValueError(f"chunk {index} of frame {frame_id} has {length} bytes, got {len(data)}")
+            view = memoryview(data)
+            while view:  # a disk that fills up takes a part, and fails on the next call
+                num_written = os.pwrite(partial.descriptor, view, offset)
+                view = view[num_written:]
+                offset += num_written
+            partial.present.add(index)
+
+    def complete(self, frame_id: str) -> StoredFrame:
+        """Turn a partial frame that holds every chunk into a complete one, durably.
+
+        Raises KeyError when the frame was not begun, ValueError when chunks are missing, OSError.
+        """
+        with self._lock:
+            if frame_id in self._complete:
+                return self._complete[frame_id]
+            partial = self._partials[frame_id]
+            num_missing = partial.signed.manifest.num_chunks - len(partial.present)
+            if num_missing:
+                raise ValueError(f"frame {frame_id} lacks {num_missing} chunks")
+            os.fsync(partial.descriptor)
+            return self._admit(frame_id, partial.signed, self._part_path(frame_id))
+
+    def abandon(self, frame_id: str) -> None:
+        """Drop a partial frame with what it holds. Does nothing to a complete or an unknown one."""
+        with self._lock:
+            self._close_partial(frame_id)
+            self._leftovers.pop(frame_id, None)
+            if frame_id not in self._complete:
+                self._unlink(frame_id)
+
+    # --- reading frames ----------------------------------------------------------------------------------------------
+
+    def read_chunk(self, frame_id: str, index: int) -> bytes | None:
+        """One chunk of a complete frame, verified by hash; None when there is no such frame or chunk.
+
+        A frame that turns out to be damaged is dropped, and counts as gone.
+        """
+        with self._lock:
+            stored = self._complete.get(frame_id)
+            if stored is None or not 0 <= index < stored.signed.manifest.num_chunks:
+                return None
+            offset, length = stored.signed.manifest.chunk_range(index)
+            try:
+                with stored.path.open("rb", buffering=0) as file:
+                    data = os.pread(file.fileno(), length, offset)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.EIO):
+                    raise
+                data = b""
+            if hashlib.sha256(data).digest() != stored.signed.manifest.chunk_digests[index]:
+                self._unlink(frame_id)
+                del self._complete[frame_id]
+                return None
+            return data
+
+    def newest(self, origin: str) -> StoredFrame | None:
+        """The complete frame of `origin` with the highest version."""
+        with self._lock:
+            return self._newest().get(origin)
+
+    def prune(self, *, keep_frame_ids: Collection[str]) -> None:
+        """Remove what is superseded: complete frames but the newest of each origin, and partial ones of an
+        earlier life that are no newer than it. Frames in `keep_frame_ids` and frames being fetched stay.
+        """
+        with self._lock:
+            newest = self._newest()
+            for frame_id, stored in list(self._complete.items()):
+                if frame_id not in keep_frame_ids and stored is not newest[stored.signed.manifest.origin]:
+                    self._unlink(frame_id)
+                    del self._complete[frame_id]
+            for frame_id, signed in list(self._leftovers.items()):
+                complete = newest.get(signed.manifest.origin)
+                superseded = complete and complete.signed.manifest.version >= signed.manifest.version
+                if superseded and frame_id not in keep_frame_ids:
+                    self._unlink(frame_id)
+                    del self._leftovers[frame_id]
+
+    def close(self) -> None:
+        """Close the partial frames' files; what they hold stays for the next life. May be called twice."""
+        with self._lock:
+            for frame_id in list(self._partials):
+                self._close_partial(frame_id)
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _frame_path(self, frame_id: str) -> Path:
+        return self._frames_folder / f"{frame_id}.frame"
+
+    def _part_path(self, frame_id: str) -> Path:
+        return self._frames_folder / f"{frame_id}.part"
+
+    def _manifest_path(self, frame_id: str) -> Path:
+        return self._manifests_folder / f"{frame_id}.manifest"
+
+    def _newest(self) -> dict[str, StoredFrame]:
+        newest: dict[str, StoredFrame] = {}
+        for stored in self._complete.values():
+            manifest = stored.signed.manifest
+            rival = newest.get(manifest.origin)
+            if rival is None or manifest.version > rival.signed.manifest.version:
+                newest[manifest.origin] = stored
+        return newest
+
+    def _check_room(self, num_bytes: int) -> None:
+        if num_bytes > self._max_bytes:
+            raise OversizedError(f"a frame of {num_bytes} bytes is over the store's cap of {self._max_bytes}")
+        held = [stored.signed for stored in self._complete.values()]
+        held += [partial.signed for partial in self._partials.values()]
+        held += self._leftovers.values()
+        if sum(signed.manifest.num_bytes for signed in held) + num_bytes > self._max_bytes:
+            raise OSError(
+                errno.ENOSPC, f"the store is full (max_bytes is {self._max_bytes})", str(self._folder)
+            )
+
+    def _open_partial(self, frame_id: str, signed: SignedManifest) -> _Partial:
+        manifest = signed.manifest
+        is_new = frame_id not in self._leftovers
+        if is_new:
+            self._check_room(manifest.num_bytes)
+        descriptor = os.open(self._part_path(frame_id), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.ftruncate(descriptor, manifest.num_bytes)
+            if is_new:
+                self._write_manifest(frame_id, signed)
+                return _Partial(signed, descriptor, set())
+            return _Partial(signed, descriptor, _find_chunks(descriptor, manifest))
+        except BaseException:
+            os.close(descriptor)
+            if is_new:
+                self._unlink(frame_id)
+            raise
+
+    def _close_partial(self, frame_id: str) -> None:
+        partial = self._partials.pop(frame_id, None)
+        if partial is not None:
+            os.close(partial.descriptor)
+
+    def _admit(self, frame_id: str, signed: SignedManifest, staged: Path) -> StoredFrame:
+        stored = StoredFrame(signed, self._frame_path(frame_id))
+        staged.replace(stored.path)
+        self._complete[frame_id] = stored
+        self._close_partial(frame_id)
+        self._leftovers.pop(frame_id, None)
+        _sync(self._frames_folder)
+        return stored
+
+    def _unlink(self, frame_id: str) -> None:
+        for path in (self._frame_path(frame_id), self._part_path(frame_id), self._manifest_path(frame_id)):
+            path.unlink(missing_ok=True)
+
+    def _write_manifest(self, frame_id: str, signed: SignedManifest) -> None:
+        _write_durably(self._manifest_path(frame_id), msgpack.packb((signed.body, signed.signature)))
+
+    def _write_site(self, incarnation: int, pins: Mapping[str, bytes]) -> None:
+        record = {
+            "format_version": _SITE_FORMAT_VERSION,
+            "incarnation": incarnation,
+            "pinned_schemas": {origin: schema_hash.hex() for origin, schema_hash in sorted(pins.items())},
+        }
+        _write_durably(self._folder / "site.json", (json.dumps(record, indent=2) + "\n").encode())
+
+    def _read_site(self) -> tuple[int, dict[str, bytes]]:
+        path = self._folder / "site.json"
+        try:
+            record = json.loads(path.read_bytes())
+            incarnation = record["incarnation"]
+            pins = {origin: bytes.fromhex(text) for origin, text in record["pinned_schemas"].items()}
+            if (
+                record["format_version"] != _SITE_FORMAT_VERSION
+                or type(incarnation) is not int
+                or incarnation < 0
+                or any(len(pin) != DIGEST_BYTES for pin in pins.values())
+            ):
+                raise ValueError("its values are not what this version writes")
+        except FileNotFoundError:
+            return 0, {}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunFolderError(
+                f"{path} is damaged or was written by another version ({type(error).__name__}: {error}): "
+                "remove it to come back as a new incarnation, with no schema pinned"
+            ) from None
+        return incarnation, pins
+
+    def _heal(self, keys: Mapping[str, PublicIdentity]) -> None:
+        """Index what is whole, and remove every file that belongs to nothing."""
+        for path in sorted(self._manifests_folder.iterdir()):
+            frame_id = path.stem
+            try:
+                signed = _read_manifest(path, keys)
+            except RefusedError:
+                continue
+            if path != self._manifest_path(signed.frame_id):
+                continue
+            if self._frame_path(frame_id).exists():
+                if digest_chunks(self._frame_path(frame_id), signed.manifest.chunk_bytes) == (
+                    signed.manifest.chunk_digests
+                ):
+                    self._complete[frame_id] = StoredFrame(signed, self._frame_path(frame_id))
+            elif self._part_path(frame_id).exists():
+                self._leftovers[frame_id] = signed
+        known = {self._frame_path(frame_id) for frame_id in self._complete}
+        known |= {self._part_path(frame_id) for frame_id in self._leftovers}
+        known |= {self._manifest_path(frame_id) for frame_id in (*self._complete, *self._leftovers)}
+        unfinished = self._folder.glob("*.tmp")
+        for path in (*unfinished, *self._frames_folder.iterdir(), *self._manifests_folder.iterdir()):
+            if path not in known:
+                path.unlink()
+
+
+def _read_manifest(path: Path, keys: Mapping[str, PublicIdentity]) -> SignedManifest:
+    """The manifest in `path`, verified under its origin's key. Raises a RefusedError, or OSError."""
+    with path.open("rb") as file:
+        raw = file.read(_MAX_MANIFEST_FILE_BYTES + 1)
+    if len(raw) > _MAX_MANIFEST_FILE_BYTES:
+        raise OversizedError(f"{path} is larger than a manifest can be")
+    try:
+        body, signature = msgpack.unpackb(raw, use_list=False, max_array_len=2, max_map_len=0, max_ext_len=0)
+    except (ValueError, TypeError, msgpack.UnpackException):
+        raise MalformedError(f"{path} is not a stored manifest") from None
+    if type(body) is not bytes or type(signature) is not bytes:
+        raise MalformedError(f"{path} is not a stored manifest")
+    origin = Manifest.from_bytes(body).origin  # names the key to verify with; nothing else is used unverified
+    if origin not in keys:
+        raise UnknownPeerError(f"{path} belongs to {origin!r}, which is not a member")
+    return verify_manifest(body, signature, keys[origin])
+
+
+def _find_chunks(descriptor: int, manifest: Manifest) -> set[int]:
+    """The indices of the chunks that a partial file really holds."""
+    present = set()
+    for index, digest in enumerate(manifest.chunk_digests):
+        offset, length = manifest.chunk_range(index)
+        if hashlib.sha256(os.pread(descriptor, length, offset)).digest() == digest:
+            present.add(index)
+    return present
+
+
+def _move(source: Path, target: Path) -> None:
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copyfile(source, target)
+        source.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, all or nothing, durably."""
+    staged = path.with_name(path.name + ".tmp")
+    try:
+        with staged.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)

@@ -1,0 +1,586 @@
+"""The store: what it promises in peace, with a full disk, after a crash between any two writes, and after damage."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from p2pcodistill.checkpoint.manifest import (
+    MIN_CHUNK_BYTES,
+    Manifest,
+    SignedManifest,
+    Version,
+    digest_chunks,
+    sign_manifest,
+)
+from p2pcodistill.checkpoint.store import FrameStore, StoredFrame
+from p2pcodistill.errors import ChecksumError, OversizedError, RunFolderError, SchemaMismatchError
+from p2pcodistill.identity import Identity
+
+BERLIN = Identity.from_secrets(b"\1" * 32, b"\1" * 32)
+TOKYO = Identity.from_secrets(b"\2" * 32, b"\2" * 32)
+STRANGER = Identity.from_secrets(b"\3" * 32, b"\3" * 32)
+KEYS = {"berlin": BERLIN.public, "tokyo": TOKYO.public}
+FRAME_BYTES = 3 * MIN_CHUNK_BYTES + 100
+ALL = frozenset(range(4))
+
+
+def make_frame(
+    step: int, *, origin: str = "tokyo", identity: Identity = TOKYO, incarnation: int = 1
+) -> tuple[SignedManifest, bytes]:
+    """A frame of four chunks, the last one short, with content of its own."""
+    content = random.Random(f"{origin} {incarnation} {step}").randbytes(FRAME_BYTES)
+    manifest = Manifest(
+        run="demo",
+        origin=origin,
+        version=Version(incarnation, step),
+        kind="keyframe",
+        codec="fp16+blosc2",
+        schema_hash=bytes(32),
+        num_fp16_bytes=FRAME_BYTES,
+        num_bytes=FRAME_BYTES,
+        chunk_bytes=MIN_CHUNK_BYTES,
+        chunk_digests=digest_chunks(content, MIN_CHUNK_BYTES),
+    )
+    return sign_manifest(manifest, identity), content
+
+
+def put_chunks(
+    store: FrameStore, signed: SignedManifest, content: bytes, indices: frozenset[int] = ALL
+) -> None:
+    for index in sorted(indices):
+        offset, length = signed.manifest.chunk_range(index)
+        store.put_chunk(signed.frame_id, index, content[offset : offset + length])
+
+
+def fetch(store: FrameStore, step: int, **origin: Any) -> StoredFrame:
+    signed, content = make_frame(step, **origin)
+    put_chunks(store, signed, content, ALL - store.begin(signed))
+    return store.complete(signed.frame_id)
+
+
+def adopt(store: FrameStore, step: int, outbox: Path) -> StoredFrame:
+    signed, content = make_frame(step, origin="berlin", identity=BERLIN)
+    outbox.write_bytes(content)
+    return store.adopt(signed, outbox)
+
+
+def read_frame(store: FrameStore, stored: StoredFrame) -> bytes | None:
+    chunks = [store.read_chunk(stored.signed.frame_id, index) for index in range(4)]
+    return None if None in chunks else b"".join(chunk for chunk in chunks if chunk is not None)
+
+
+def files_of(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*") if path.is_file()}
+
+
+def count_open_files() -> int:
+    return sum(1 for _ in Path("/dev/fd").iterdir())
+
+
+def expected_files(*signed: SignedManifest, suffix: str = "frame") -> set[str]:
+    return {f"{one.frame_id}.{end}" for one in signed for end in (suffix, "manifest")}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store(folder: Path) -> Iterator[FrameStore]:
+    with closing(FrameStore(folder, keys=KEYS)) as store:
+        yield store
+
+
+# --- in peace --------------------------------------------------------------------------------------------------------
+
+
+def test_a_fetched_frame_is_complete_readable_and_found_again(folder: Path, store: FrameStore) -> None:
+    signed, content = make_frame(50)
+    assert store.begin(signed) == frozenset()
+    put_chunks(store, signed, content, frozenset({3, 1}))
+    assert store.begin(signed) == {1, 3}
+    assert store.newest("tokyo") is None
+    assert store.read_chunk(signed.frame_id, 1) is None
+    put_chunks(store, signed, content, frozenset({0, 2}))
+    stored = store.complete(signed.frame_id)
+    assert stored.path.read_bytes() == content
+    assert store.complete(signed.frame_id) == store.newest("tokyo") == stored
+    assert store.begin(signed) == ALL
+    assert read_frame(store, stored) == content
+    assert store.newest("berlin") is None
+    assert files_of(folder) == expected_files(signed)
+    with closing(FrameStore(folder, keys=KEYS)) as reopened:
+        assert reopened.newest("tokyo") == stored
+        assert read_frame(reopened, stored) == content
+
+
+def test_the_newest_is_the_highest_incarnation_then_step(store: FrameStore) -> None:
+    for incarnation, step in ((1, 900), (2, 50), (2, 10)):
+        fetch(store, step, incarnation=incarnation)
+    newest = store.newest("tokyo")
+    assert newest is not None
+    assert newest.signed.manifest.version == Version(2, 50)
+
+
+def test_an_own_frame_is_moved_in(folder: Path, store: FrameStore, tmp_path: Path) -> None:
+    stored = adopt(store, 50, tmp_path / "outbox")
+    assert not (tmp_path / "outbox").exists()
+    assert store.newest("berlin") == stored
+    assert read_frame(store, stored) == make_frame(50, origin="berlin", identity=BERLIN)[1]
+    assert adopt(store, 50, tmp_path / "outbox") == stored, "the same frame again"
+    assert not (tmp_path / "outbox").exists()
+    assert files_of(folder) == expected_files(stored.signed)
+
+
+def test_an_own_frame_is_copied_in_from_another_file_system(
+    store: FrameStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox, num_refused = tmp_path / "outbox", 0
+    replace_file = os.replace
+
+    def refuse_outbox(source: Any, target: Any) -> None:
+        nonlocal num_refused
+        if Path(source) == outbox:
+            num_refused += 1
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_outbox)
+    stored = adopt(store, 50, outbox)
+    assert num_refused == 1
+    assert not outbox.exists()
+    assert read_frame(store, stored) is not None
+
+
+def test_an_own_frame_of_another_size_than_its_manifest_says_is_refused(
+    store: FrameStore, tmp_path: Path
+) -> None:
+    signed, content = make_frame(50, origin="berlin", identity=BERLIN)
+    (tmp_path / "outbox").write_bytes(content[:-1])
+    with pytest.raises(ChecksumError):
+        store.adopt(signed, tmp_path / "outbox")
+    assert store.newest("berlin") is None
+
+
+def test_what_is_not_there_reads_as_none(store: FrameStore) -> None:
+    stored = fetch(store, 50)
+    assert store.read_chunk("0" * 64, 0) is None
+    assert store.read_chunk(stored.signed.frame_id, 4) is None
+    assert store.read_chunk(stored.signed.frame_id, -1) is None
+    assert store.read_chunk(stored.signed.frame_id, 3) is not None
+
+
+def test_obligations_of_the_caller_are_checked(store: FrameStore) -> None:
+    signed, content = make_frame(50)
+    with pytest.raises(KeyError):
+        store.put_chunk(signed.frame_id, 0, b"")
+    with pytest.raises(KeyError):
+        store.complete(signed.frame_id)
+    store.begin(signed)
+    with pytest.raises(ValueError, match="lacks 4 chunks"):
+        store.complete(signed.frame_id)
+    with pytest.raises(ValueError, match="16384 bytes, got 100"):
+        store.put_chunk(signed.frame_id, 0, content[:100])
+    for index in (-1, 4):
+        with pytest.raises(IndexError):
+            store.put_chunk(signed.frame_id, index, content[:MIN_CHUNK_BYTES])
+    assert store.begin(signed) == frozenset()
+
+
+def test_abandon_removes_a_partial_frame_and_only_that(folder: Path, store: FrameStore) -> None:
+    stored = fetch(store, 50)
+    signed, content = make_frame(100)
+    store.begin(signed)
+    put_chunks(store, signed, content, frozenset({0}))
+    for frame_id in (signed.frame_id, signed.frame_id, stored.signed.frame_id, "0" * 64):
+        store.abandon(frame_id)
+    assert files_of(folder) == expected_files(stored.signed)
+    assert store.begin(signed) == frozenset()
+
+
+def test_prune_keeps_the_newest_of_each_origin_what_it_is_told_and_what_is_being_fetched(
+    folder: Path, store: FrameStore, tmp_path: Path
+) -> None:
+    steps = {step: fetch(store, step).signed for step in (50, 100, 150)}
+    own = adopt(store, 50, tmp_path / "outbox").signed
+    being_fetched, _ = make_frame(120)
+    store.begin(being_fetched)
+    mapped = store.newest("tokyo")
+    assert mapped is not None
+    store.prune(keep_frame_ids=[steps[50].frame_id, "0" * 64])
+    assert files_of(folder) == (
+        expected_files(steps[50], steps[150], own) | expected_files(being_fetched, suffix="part")
+    )
+    assert store.read_chunk(steps[100].frame_id, 0) is None
+    with mapped.path.open("rb") as reader:
+        fetch(store, 200)
+        store.prune(keep_frame_ids=())
+        assert len(reader.read()) == FRAME_BYTES, "a reader keeps what it has open"
+    assert not mapped.path.exists()
+
+
+def test_incarnation_and_pins_last(folder: Path, store: FrameStore) -> None:
+    assert (store.incarnation, store.pinned_schema("tokyo")) == (0, None)
+    store.save_incarnation(3)
+    store.pin_schema("tokyo", b"\7" * 32)
+    store.pin_schema("tokyo", b"\7" * 32)
+    store.pin_schema("zürich", b"\x08" * 32)
+    with pytest.raises(ValueError, match="below"):
+        store.save_incarnation(2)
+    with pytest.raises(SchemaMismatchError, match="tokyo"):
+        store.pin_schema("tokyo", b"\x09" * 32)
+    for opened in (store, FrameStore(folder, keys=KEYS)):
+        assert opened.incarnation == 3
+        assert opened.pinned_schema("tokyo") == b"\7" * 32
+        assert opened.pinned_schema("zürich") == b"\x08" * 32
+
+
+def test_closing_twice_leaks_no_file_and_keeps_partial_frames(folder: Path) -> None:
+    num_open = count_open_files()
+    store = FrameStore(folder, keys=KEYS)
+    store.begin(make_frame(50)[0])
+    assert count_open_files() == num_open + 1
+    store.close()
+    store.close()
+    assert count_open_files() == num_open
+    assert files_of(folder) == expected_files(make_frame(50)[0], suffix="part")
+
+
+def test_threads_share_a_store(store: FrameStore) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        stored = list(pool.map(lambda step: fetch(store, step), range(16)))
+        contents = list(pool.map(lambda one: read_frame(store, one), stored))
+    assert contents == [make_frame(step)[1] for step in range(16)]
+    assert store.newest("tokyo") == stored[-1]
+
+
+# --- bounded ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_store_is_bounded(folder: Path, tmp_path: Path) -> None:
+    with closing(FrameStore(folder, keys=KEYS, max_bytes=2 * FRAME_BYTES)) as store:
+        fetch(store, 50)
+        partial, content = make_frame(100)
+        store.begin(partial)
+        with pytest.raises(OSError, match="store is full") as full:
+            store.begin(make_frame(150)[0])
+        assert full.value.errno == errno.ENOSPC
+        with pytest.raises(OSError, match="store is full"):
+            adopt(store, 50, tmp_path / "outbox")
+        assert (tmp_path / "outbox").exists()
+        put_chunks(store, partial, content)
+        store.complete(partial.frame_id)
+        store.prune(keep_frame_ids=())
+        fetch(store, 150)
+        assert files_of(folder) == expected_files(partial, make_frame(150)[0])
+    tiny = FrameStore(tmp_path / "tiny", keys=KEYS, max_bytes=FRAME_BYTES - 1)
+    with closing(tiny), pytest.raises(OversizedError):
+        tiny.begin(make_frame(50)[0])
+
+
+# --- a life after a crash --------------------------------------------------------------------------------------------
+
+
+def test_a_transfer_resumes_after_a_restart_with_what_is_really_on_disk(
+    folder: Path, store: FrameStore
+) -> None:
+    signed, content = make_frame(50)
+    store.begin(signed)
+    put_chunks(store, signed, content, frozenset({0, 1, 3}))
+    store.close()
+    part = folder / "frames" / f"{signed.frame_id}.part"
+    with part.open("r+b") as file:
+        file.seek(MIN_CHUNK_BYTES + 5)
+        file.write(b"torn")
+    with closing(FrameStore(folder, keys=KEYS)) as reopened:
+        assert reopened.newest("tokyo") is None
+        reopened.prune(keep_frame_ids=())
+        assert reopened.begin(signed) == {0, 3}
+        put_chunks(reopened, signed, content, frozenset({1, 2}))
+        stored = reopened.complete(signed.frame_id)
+        assert stored.path.read_bytes() == content
+
+
+def test_a_partial_frame_left_over_goes_when_it_is_superseded_or_abandoned(
+    folder: Path, store: FrameStore
+) -> None:
+    for step in (50, 100, 200):
+        store.begin(make_frame(step)[0])
+    store.close()
+    with closing(FrameStore(folder, keys=KEYS)) as reopened:
+        newer = fetch(reopened, 150).signed
+        reopened.prune(keep_frame_ids=[make_frame(50)[0].frame_id])
+        left = make_frame(50)[0], make_frame(200)[0]
+        assert files_of(folder) == expected_files(newer) | expected_files(*left, suffix="part")
+        for signed in left:
+            reopened.abandon(signed.frame_id)
+        assert files_of(folder) == expected_files(newer)
+
+
+@pytest.mark.parametrize("size", [0, 10, FRAME_BYTES + 10])
+def test_a_partial_frame_of_any_size_is_continued(folder: Path, store: FrameStore, size: int) -> None:
+    signed, content = make_frame(50)
+    store.begin(signed)
+    store.close()
+    (folder / "frames" / f"{signed.frame_id}.part").write_bytes(bytes(size))
+    with closing(FrameStore(folder, keys=KEYS)) as reopened:
+        assert reopened.begin(signed) == frozenset()
+        put_chunks(reopened, signed, content)
+        assert reopened.complete(signed.frame_id).path.read_bytes() == content
+
+
+def test_what_belongs_to_nothing_is_removed_on_opening(folder: Path, store: FrameStore) -> None:
+    kept = fetch(store, 200).signed
+    damaged, cut, unsigned, lost, bare = (fetch(store, step).signed for step in (50, 60, 70, 80, 90))
+    partial, _ = make_frame(250)
+    store.begin(partial)
+    store.close()
+    frames, manifests = folder / "frames", folder / "manifests"
+    with (frames / f"{damaged.frame_id}.frame").open("r+b") as file:
+        file.write(b"rot")
+    os.truncate(frames / f"{cut.frame_id}.frame", 100)
+    (manifests / f"{unsigned.frame_id}.manifest").write_bytes(msgpack.packb((unsigned.body, bytes(64))))
+    (frames / f"{lost.frame_id}.frame").unlink()
+    (manifests / f"{bare.frame_id}.manifest").unlink()
+    stranger, content = make_frame(50, origin="stranger", identity=STRANGER)
+    (frames / f"{stranger.frame_id}.frame").write_bytes(content)
+    (manifests / f"{stranger.frame_id}.manifest").write_bytes(
+        msgpack.packb((stranger.body, stranger.signature))
+    )
+    (manifests / f"{'0' * 64}.manifest").write_bytes(msgpack.packb((kept.body, kept.signature)))
+    (frames / f"{kept.frame_id}.part").write_bytes(b"")
+    (frames / f"{'0' * 64}.part").write_bytes(b"")
+    (folder / "site.json.tmp").write_bytes(b"")
+    (frames / "a.tmp").write_bytes(b"")
+    (manifests / "b.manifest.tmp").write_bytes(b"")
+    with closing(FrameStore(folder, keys=KEYS)) as reopened:
+        assert files_of(folder) == expected_files(kept) | expected_files(partial, suffix="part")
+        newest = reopened.newest("tokyo")
+        assert newest is not None and newest.signed == kept
+
+
+@pytest.mark.parametrize("harm", ["change", "truncate", "unlink"])
+def test_a_frame_found_damaged_on_reading_is_dropped(folder: Path, store: FrameStore, harm: str) -> None:
+    older, newer = fetch(store, 50), fetch(store, 100)
+    if harm == "change":
+        with newer.path.open("r+b") as file:
+            file.write(b"rot")
+    elif harm == "truncate":
+        os.truncate(newer.path, 10)
+    else:
+        newer.path.unlink()
+    assert store.read_chunk(newer.signed.frame_id, 0) is None
+    assert store.newest("tokyo") == older
+    assert files_of(folder) == expected_files(older.signed)
+    assert fetch(store, 100) == newer, "it can be fetched again"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"format_version": 2, "incarnation": 1, "pinned_schemas": {}}',
+        '{"format_version": 1, "incarnation": -1, "pinned_schemas": {}}',
+        '{"format_version": 1, "incarnation": "1", "pinned_schemas": {}}',
+        '{"format_version": 1, "incarnation": 1, "pinned_schemas": []}',
+        '{"format_version": 1, "incarnation": 1, "pinned_schemas": {"tokyo": "00"}}',
+        '{"format_version": 1, "incarnation": 1, "pinned_schemas": {"tokyo": 7}}',
+        "\udcff",
+    ],
+)
+def test_a_damaged_site_file_is_named_and_nothing_is_touched(
+    folder: Path, store: FrameStore, text: str
+) -> None:
+    fetch(store, 50)
+    path = folder / "site.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    before = files_of(folder)
+    with pytest.raises(RunFolderError, match=r"site\.json"):
+        FrameStore(folder, keys=KEYS)
+    assert files_of(folder) == before
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(st.data())
+def test_a_damaged_manifest_file_costs_at_most_its_frame(tmp_path: Path, data: st.DataObject) -> None:
+    folder = tmp_path / "store"
+    with closing(FrameStore(folder, keys=KEYS)) as store:
+        stored = fetch(store, 50)
+    path = folder / "manifests" / f"{stored.signed.frame_id}.manifest"
+    raw = bytearray(path.read_bytes())
+    start = data.draw(st.integers(0, len(raw) - 1))
+    raw[start : start + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=40))
+    path.write_bytes(raw)
+    with closing(FrameStore(folder, keys=KEYS)) as reopened:
+        assert reopened.newest("tokyo") in (None, stored)
+        assert fetch(reopened, 50) == stored
+
+
+# --- injected faults -------------------------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    """The machine stops: nothing after it runs, so no handler for Exception may see it."""
+
+
+class FaultyDisk:
+    """Counts the calls that alter the disk, and lets the `nth` one fail: once (`error`), or for good (Crash)."""
+
+    CALLS = ("replace", "fsync", "pwrite", "unlink", "ftruncate", "open")
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, nth: int | None, error: Callable[[], BaseException]
+    ) -> None:
+        self.num_calls = 0
+        self.num_faults = 0
+        self._nth = nth
+        self._error = error
+        for name in self.CALLS:
+            monkeypatch.setattr(os, name, self._wrap(getattr(os, name)))
+
+    def _wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.num_calls += 1
+            if self._nth is not None and self.num_calls >= self._nth:
+                error = self._error()
+                if isinstance(error, Crash) or self.num_calls == self._nth:
+                    self.num_faults += 1
+                    raise error
+            return call(*args, **kwargs)
+
+        return counted
+
+
+def full_disk() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def work(store: FrameStore, outbox: Path) -> None:
+    """All that a store does to the disk, from version 50 of both sites on to version 100."""
+    adopt(store, 100, outbox)
+    store.pin_schema("tokyo", b"\7" * 32)
+    store.save_incarnation(2)
+    abandoned, content = make_frame(75)
+    put_chunks(store, abandoned, content, frozenset({0}) - store.begin(abandoned))
+    store.abandon(abandoned.frame_id)
+    fetch(store, 100)
+    store.prune(keep_frame_ids=())
+
+
+def prepare(folder: Path, outbox: Path) -> FrameStore:
+    store = FrameStore(folder, keys=KEYS)
+    adopt(store, 50, outbox)
+    fetch(store, 50)
+    store.save_incarnation(1)
+    return store
+
+
+def assert_done(store: FrameStore, folder: Path) -> None:
+    own, fetched = store.newest("berlin"), store.newest("tokyo")
+    assert own is not None and fetched is not None
+    assert own.signed.manifest.version == fetched.signed.manifest.version == Version(1, 100)
+    assert read_frame(store, own) is not None and read_frame(store, fetched) is not None
+    assert (store.incarnation, store.pinned_schema("tokyo")) == (2, b"\7" * 32)
+    assert files_of(folder) == expected_files(own.signed, fetched.signed) | {"site.json"}
+
+
+def count_calls(folder: Path, outbox: Path) -> int:
+    with closing(prepare(folder, outbox)) as store, pytest.MonkeyPatch.context() as monkeypatch:
+        disk = FaultyDisk(monkeypatch, None, Crash)
+        work(store, outbox)
+        return disk.num_calls
+
+
+def test_a_crash_between_any_two_writes_leaves_the_last_complete_version(tmp_path: Path) -> None:
+    outbox = tmp_path / "outbox"
+    num_calls = count_calls(tmp_path / "counting", outbox)
+    assert num_calls > 30
+    for nth in range(1, num_calls + 1):
+        folder = tmp_path / f"crash-{nth}"
+        with closing(prepare(folder, outbox)) as store, pytest.MonkeyPatch.context() as monkeypatch:
+            disk = FaultyDisk(monkeypatch, nth, Crash)
+            with pytest.raises(Crash):
+                work(store, outbox)
+            assert disk.num_faults >= 1
+        with closing(FrameStore(folder, keys=KEYS)) as reopened:
+            for origin in KEYS:
+                newest = reopened.newest(origin)
+                assert newest is not None and newest.signed.manifest.version.step in (50, 100)
+                assert read_frame(reopened, newest) == newest.path.read_bytes()
+            assert reopened.incarnation in (1, 2)
+            assert not any(name.endswith(".tmp") for name in files_of(folder))
+            work(reopened, outbox)
+            assert_done(reopened, folder)
+
+
+def test_a_disk_that_is_full_at_any_write_leaves_the_store_usable(tmp_path: Path) -> None:
+    outbox = tmp_path / "outbox"
+    num_calls = count_calls(tmp_path / "counting", outbox)
+    for nth in range(1, num_calls + 1):
+        folder = tmp_path / f"full-{nth}"
+        with closing(prepare(folder, outbox)) as store:
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                disk = FaultyDisk(monkeypatch, nth, full_disk)
+                with pytest.raises(OSError, match="No space left"):
+                    work(store, outbox)
+                assert disk.num_faults == 1
+            for origin in KEYS:
+                newest = store.newest(origin)
+                assert newest is not None and read_frame(store, newest) is not None
+            work(store, outbox)
+            assert_done(store, folder)
+        with closing(FrameStore(folder, keys=KEYS)) as reopened:
+            assert_done(reopened, folder)
+
+
+def test_a_write_that_the_disk_takes_in_parts_is_whole(
+    store: FrameStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_short = 0
+    pwrite = os.pwrite
+
+    def write_at_most_5000(descriptor: int, data: memoryview, offset: int) -> int:
+        nonlocal num_short
+        num_short += len(data) > 5000
+        return pwrite(descriptor, data[:5000], offset)
+
+    monkeypatch.setattr(os, "pwrite", write_at_most_5000)
+    stored = fetch(store, 50)
+    assert num_short == 9
+    assert stored.path.read_bytes() == make_frame(50)[1]
+
+
+def test_a_read_error_that_is_no_damage_is_not_taken_for_damage(
+    store: FrameStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = fetch(store, 50)
+    num_faults = 0
+
+    def fail(*_: Any) -> bytes:
+        nonlocal num_faults
+        num_faults += 1
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", fail)
+        with pytest.raises(OSError, match="Too many open files"):
+            store.read_chunk(stored.signed.frame_id, 0)
+    assert num_faults == 1
+    assert read_frame(store, stored) is not None
