@@ -1,0 +1,114 @@
+"""Keeping a site's workers alive: launch, restart with back-off, stop at a step boundary, leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from p2pcodistill.config import GroupConfig, GroupSpec
+from p2pcodistill.errors import GroupError
+from p2pcodistill.group.launch import Group, log_tail, restart_delay_s
+from p2pcodistill.group.lifeline import kill_descendants
+from p2pcodistill.telemetry import EventLog, GroupExited, GroupStarted
+
+
+class StopSwitch:
+    """Who wants the node to stop: the first SIGINT or SIGTERM sets `requested`, a second one `at_once`."""
+
+    def __init__(self) -> None:
+        self.requested = asyncio.Event()
+        self.at_once = asyncio.Event()
+        self.signal = signal.SIGTERM
+
+    def press(self, number: signal.Signals) -> None:
+        """Take note of one signal."""
+        if self.requested.is_set():
+            self.at_once.set()
+        self.signal = number
+        self.requested.set()
+
+    @contextlib.contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Within this context SIGINT and SIGTERM press the switch."""
+        loop = asyncio.get_running_loop()
+        handled = (signal.SIGINT, signal.SIGTERM)
+        for number in handled:
+            loop.add_signal_handler(number, self.press, number)
+        try:
+            yield
+        finally:
+            for number in handled:
+                loop.remove_signal_handler(number)
+
+
+class Supervisor:
+    """Runs the workers until they finish, until the switch is pressed, or until they failed too often."""
+
+    def __init__(
+        self, config: GroupConfig, events: EventLog, spec_path: Path, log_path: Path, stop: StopSwitch
+    ) -> None:
+        self._config, self._events, self._stop = config, events, stop
+        self._spec_path, self._log_path = spec_path, log_path
+
+    async def run(
+        self,
+        prepare: Callable[[], Awaitable[GroupSpec]],
+        ask_to_stop: Callable[[], Awaitable[bool]],
+    ) -> bool:
+        """True when the workers finished, False when they were stopped.
+
+        `prepare` gives the specification of each launch; `ask_to_stop` asks the ranks to stop and says whether there is
+        anyone to wait for. Raises GroupError after `max_restarts` restarts, with the end of the workers' log.
+        """
+        num_restarts = 0
+        while True:
+            status = await self._run_once(await prepare(), num_restarts, ask_to_stop)
+            if self._stop.requested.is_set() or status == 0:
+                self._events.write(GroupExited(exit_status=status, restart_in_s=None))
+                return not self._stop.requested.is_set()
+            if num_restarts >= self._config.max_restarts:
+                self._events.write(GroupExited(exit_status=status, restart_in_s=None))
+                raise GroupError(
+                    f"the workers failed {num_restarts + 1} times, last with status {status}; their log is "
+                    f"{self._log_path} and ends with:\n{log_tail(self._log_path)}"
+                )
+            delay_s = restart_delay_s(self._config.restart_delay_s, num_restarts)
+            self._events.write(GroupExited(exit_status=status, restart_in_s=delay_s))
+            await first_of(self._stop.requested, timeout_s=delay_s)
+            if self._stop.requested.is_set():
+                return False
+            num_restarts += 1
+
+    async def _run_once(
+        self, spec: GroupSpec, attempt: int, ask_to_stop: Callable[[], Awaitable[bool]]
+    ) -> int:
+        group = await Group.start(spec, self._spec_path, self._log_path)
+        self._events.write(GroupStarted(attempt=attempt, num_ranks=spec.group.num_ranks, pid=group.pid))
+        ended = asyncio.create_task(group.wait(), name="group")
+        try:
+            await first_of(ended, self._stop.requested)
+            if not ended.done() and await ask_to_stop():
+                await first_of(ended, self._stop.at_once, timeout_s=self._config.stop_grace_s)
+            return await group.kill()
+        finally:
+            await group.kill()
+            await ended
+            if group.guard_was_killed:  # its tree hangs below this process now
+                await asyncio.to_thread(kill_descendants)
+
+
+async def first_of(*things: asyncio.Task[Any] | asyncio.Event, timeout_s: float | None = None) -> None:
+    """Wait until a task is done, an event is set, or `timeout_s` is over. The tasks go on."""
+    waits = [
+        thing if isinstance(thing, asyncio.Task) else asyncio.create_task(thing.wait()) for thing in things
+    ]
+    try:
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait, thing in zip(waits, things, strict=True):
+            if wait is not thing:
+                wait.cancel()

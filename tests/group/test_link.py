@@ -1,0 +1,166 @@
+"""The link between rank 0 and the node: joining, both directions, strangers, a node that does not answer."""
+
+import asyncio
+import stat
+import threading
+from pathlib import Path
+
+import msgpack
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2pcodistill.errors import GroupError, MalformedError
+from p2pcodistill.group.link import (
+    EventHappened,
+    FrameOffer,
+    FrameOffered,
+    FrameReady,
+    Joined,
+    NodeLink,
+    RankLink,
+    StopRequested,
+    Welcome,
+    decode_link_message,
+    encode_link_message,
+)
+
+OFFER = FrameOffer("tokyo", 1, 50, "/x/y.frame", 1000)
+READY = FrameReady("/out/50.frame", 50, "keyframe", "fp16+blosc2", b"h" * 32, 2000)
+MESSAGES = [
+    Joined("token"),
+    READY,
+    EventHappened({"event": "evaluated", "step": 1, "nested": {"a": [1, 2.5, None]}}),
+    Welcome((OFFER, OFFER)),
+    FrameOffered(OFFER),
+    StopRequested(),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_messages_round_trip(message):
+    assert decode_link_message(encode_link_message(message)) == message
+
+
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_are_refused_or_a_message(data):
+    try:
+        assert isinstance(decode_link_message(data), tuple(type(m) for m in MESSAGES))
+    except MalformedError as error:
+        assert "link message" in str(error)
+
+
+@given(st.recursive(st.none() | st.integers(-9, 9) | st.text(max_size=5), lambda x: st.lists(x, max_size=4)))
+def test_arbitrary_structures_are_refused_or_a_message(value):
+    try:
+        assert isinstance(decode_link_message(msgpack.packb(value)), tuple(type(m) for m in MESSAGES))
+    except MalformedError as error:
+        assert "link message" in str(error)
+
+
+@pytest.fixture
+def node_link(tmp_path):
+    link = NodeLink(tmp_path / "link")
+    link.address = link.open()
+    yield link
+    link.close()
+
+
+async def join(node_link: NodeLink, rank: RankLink, offers: tuple[FrameOffer, ...] = ()) -> tuple[FrameOffer, ...]:
+    connecting = asyncio.create_task(asyncio.to_thread(rank.connect, 10))
+    assert isinstance(await node_link.receive(), Joined)
+    await node_link.send(Welcome(offers))
+    return await connecting
+
+
+async def test_rank_zero_joins_and_both_sides_talk(node_link):
+    arrived: list[object] = []
+    stop_arrived = threading.Event()
+
+    def on_message(message: object) -> None:
+        arrived.append(message)
+        if isinstance(message, StopRequested):
+            stop_arrived.set()
+
+    node_link.expect("secret")
+    rank = RankLink(node_link.address, "secret", on_message)
+    assert await join(node_link, rank, (OFFER,)) == (OFFER,)
+    assert node_link.joined
+    for message in (READY, EventHappened({"event": "x"})):
+        rank.send(message)
+        assert await node_link.receive() == message
+    await node_link.send(FrameOffered(OFFER))
+    await node_link.send(StopRequested())
+    assert await asyncio.to_thread(stop_arrived.wait, 10)
+    assert arrived == [FrameOffered(OFFER), StopRequested()]
+    await asyncio.to_thread(rank.close, 1)
+
+
+async def test_closing_flushes_what_is_queued(node_link):
+    node_link.expect("secret")
+    rank = RankLink(node_link.address, "secret", lambda _: None)
+    await join(node_link, rank)
+    for step in range(200):
+        rank.send(EventHappened({"step": step}))
+    closing = asyncio.create_task(asyncio.to_thread(rank.close, 10))
+    received = [(await node_link.receive()).record["step"] for _ in range(200)]
+    await closing
+    assert received == list(range(200))
+
+
+async def test_a_rank_of_an_earlier_launch_is_not_listened_to(node_link):
+    node_link.expect("first")
+    old = RankLink(node_link.address, "first", lambda _: None)
+    await join(node_link, old)
+    node_link.expect("second")
+    assert not node_link.joined
+    old.send(EventHappened({"from": "old"}))
+    late = RankLink(node_link.address, "first", lambda _: None)
+    late_joins = asyncio.create_task(asyncio.to_thread(late.connect, 0.5))
+    new = RankLink(node_link.address, "second", lambda _: None)
+    await join(node_link, new)
+    old.send(EventHappened({"from": "old"}))
+    new.send(EventHappened({"from": "new"}))
+    assert (await node_link.receive()).record == {"from": "new"}
+    with pytest.raises(GroupError, match="did not answer"):
+        await late_joins
+    for rank in (old, new):
+        await asyncio.to_thread(rank.close, 1)
+
+
+async def test_garbage_from_a_rank_is_a_named_error(node_link):
+    node_link.expect("secret")
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.connect(node_link.address)
+    dealer.send(encode_link_message(Joined("secret")))
+    assert isinstance(await node_link.receive(), Joined)
+    for garbage in (b"\xc1", encode_link_message(StopRequested())):
+        dealer.send(garbage)
+        with pytest.raises(MalformedError):
+            await node_link.receive()
+    dealer.close(0)
+    context.term()
+
+
+def test_the_socket_lies_in_a_private_folder_and_a_stale_one_is_removed(tmp_path):
+    pointer = tmp_path / "link"
+    killed = NodeLink(pointer)
+    killed.open()
+    stale = pointer.readlink()
+    link = NodeLink(pointer)  # as after kill -9: the first one never closed
+    address = link.open()
+    folder = Path(address.removeprefix("ipc://")).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not stale.exists() and pointer.readlink() == folder
+    link.close()
+    assert not folder.exists() and not pointer.is_symlink()
+    killed.close()
+
+
+def test_a_node_that_does_not_answer_is_named(tmp_path):
+    rank = RankLink(f"ipc://{tmp_path}/nobody", "token", lambda _: None)
+    with pytest.raises(GroupError, match="did not answer"):
+        rank.connect(0.1)
+    rank.close(0)
