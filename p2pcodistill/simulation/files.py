@@ -1,0 +1,269 @@
+"""What a simulation writes before it starts anything: its run folder, the text of the sites, a file for each node.
+
+<run root>/<scenario>-<time>/
+  scenario.toml              the scenario as it ran, with every default; can be simulated again
+  topology.<suffix>          the graph file, if the scenario names one
+  data/held-out.txt          what every site of every arm is evaluated on
+  data/<site>.txt            what the site trains on
+  <arm>-seed<k>/nodes/       <site>.toml and <site>.key, with which `p2pcodistill node` runs the site
+  <arm>-seed<k>/<site>/      the run folder of the node
+  summary.json, report.html  the result
+<run root>/latest            symbolic link to the newest of these
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from p2pcodistill.config import NodeConfig, PeerConfig
+from p2pcodistill.errors import DataError, RunFolderError
+from p2pcodistill.identity import Identity
+from p2pcodistill.simulation.jobs import Job, SiteRun
+from p2pcodistill.simulation.scenario import DECIDED_BY_SIMULATION, ScenarioConfig
+from p2pcodistill.tasks.text import (
+    SiteText,
+    require_enough_text,
+    split_text,
+    standard_library_files,
+    text_files,
+)
+from p2pcodistill.topology import FILE_SUFFIXES
+
+LATEST_LINK = "latest"
+SCENARIO_FILE = "scenario.toml"
+_DATA_FOLDER = "data"
+_HELD_OUT_FILE = "held-out.txt"
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class ScenarioText:
+    """The text of a scenario: held-out, and what each site trains on."""
+
+    held_out: bytes
+    shards: dict[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFiles:
+    """Where one node finds its configuration and puts what it makes."""
+
+    site: str
+    node_file: Path
+    run_folder: Path
+
+    @property
+    def events(self) -> Path:
+        """The node's event log."""
+        return self.run_folder / "events.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """What the node prints."""
+        return self.run_folder / "node.log"
+
+
+# --- text --------------------------------------------------------------------------------------------------------
+
+
+def split_data(scenario: ScenarioConfig) -> ScenarioText:
+    """The text of `scenario`, deterministically: one split of the common text, or one of each site's own.
+
+    Raises DataError where text is missing or too short for any site to train on.
+    """
+    names, data = scenario.site_names, scenario.data
+    if scenario.sites[0].data:
+        # Held-out text of all sites alike, or the model of a site would be judged on its own kind of text only.
+        splits = [
+            split_text(
+                text_files(site.data),
+                num_shards=1,
+                max_shard_bytes=data.max_bytes_per_site,
+                max_held_out_bytes=max(1, data.max_held_out_bytes // len(names)),
+            )
+            for site in scenario.sites
+        ]
+        held_out = b"".join(_well_formed(split.held_out) for split in splits)
+        shards = tuple(split.shards[0] for split in splits)
+    else:
+        split = split_text(
+            text_files(data.paths) if data.paths else standard_library_files(),
+            num_shards=len(names),
+            max_shard_bytes=data.max_bytes_per_site,
+            max_held_out_bytes=data.max_held_out_bytes,
+        )
+        held_out, shards = split.held_out, split.shards
+    text = ScenarioText(
+        _well_formed(held_out), {name: _well_formed(shard) for name, shard in zip(names, shards, strict=True)}
+    )
+    for site in scenario.sites:
+        task = scenario.task.model_copy(update={"data": site.data or data.paths})
+        try:
+            require_enough_text(
+                SiteText(text.shards[site.name], text.held_out),
+                task,
+                batch_size=scenario.training.batch_size,
+                num_ranks=scenario.group.num_ranks,
+            )
+        except DataError as error:
+            raise DataError(f"the site {site.name}: {error}") from None
+    return text
+
+
+def _well_formed(text: bytes) -> bytes:
+    """`text` such that a reader of text files takes it to the byte: UTF-8, last line ended, no longer than before."""
+    # A split inside a very long line may cut a character, and what was cut off at its maximum has a torn last line.
+    characters = text.decode(errors="ignore")
+    return (characters if characters.endswith("\n") else characters[:-1] + "\n").encode()
+
+
+# --- the run folder ----------------------------------------------------------------------------------------------
+
+
+def create_run_folder(run_root: Path, name: str, now: datetime) -> Path:
+    """Make `<run_root>/<name>-<now>`, or with a number behind it where that exists. Raises RunFolderError."""
+    stem = f"{name}-{now:%Y%m%d-%H%M%S}"
+    number = 1
+    try:
+        run_root.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = run_root / (stem if number == 1 else f"{stem}-{number}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return folder
+    except OSError as error:
+        raise RunFolderError(f"cannot make a run folder in {run_root}: {error.strerror}") from None
+
+
+def point_latest(folder: Path) -> None:
+    """Have `latest`, beside `folder`, point to it; replaced atomically. Raises RunFolderError."""
+    link = folder.parent / LATEST_LINK
+    staged = folder.parent / f".{LATEST_LINK}-{os.getpid()}"
+    try:
+        staged.symlink_to(folder.name)
+        staged.replace(link)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise RunFolderError(
+            f"cannot make the link {link}: {error.strerror}; move what is there away"
+        ) from None
+
+
+def write_scenario(scenario: ScenarioConfig, text: ScenarioText, folder: Path) -> ScenarioConfig:
+    """Write the scenario and its text into the run folder; returns the scenario that runs from there.
+
+    A topology file is copied, so that the folder says all there is to the run.
+    """
+    as_written = scenario
+    if scenario.topology.endswith(FILE_SUFFIXES):
+        copy = folder / f"topology{Path(scenario.topology).suffix}"
+        shutil.copyfile(scenario.topology, copy)
+        scenario = scenario.model_copy(update={"topology": str(copy)})
+        as_written = scenario.model_copy(update={"topology": copy.name})
+    (folder / SCENARIO_FILE).write_text(scenario_toml(as_written))
+    data_folder = folder / _DATA_FOLDER
+    data_folder.mkdir()
+    (data_folder / _HELD_OUT_FILE).write_bytes(text.held_out)
+    for name, shard in text.shards.items():
+        (data_folder / f"{name}.txt").write_bytes(shard)
+    return scenario
+
+
+def scenario_toml(scenario: ScenarioConfig) -> str:
+    """A scenario file that means the same as `scenario`, with every default written out that it does not decide itself."""
+    table = scenario.model_dump(mode="json", exclude_none=True)
+    for section, key in DECIDED_BY_SIMULATION:
+        table[section].pop(key, None)
+    if "num_threads" not in scenario.group.model_fields_set:
+        del table["group"]["num_threads"]
+    return _toml(table)
+
+
+def _toml(table: dict[str, Any]) -> str:
+    return "# Written by p2pcodistill simulate.\n" + tomli_w.dumps(table)
+
+
+# --- nodes -------------------------------------------------------------------------------------------------------
+
+
+def free_ports(count: int, *, taken: set[int]) -> list[int]:
+    """`count` distinct TCP ports that are free on loopback now and not in `taken`, which they are added to."""
+    ports: list[int] = []
+    with ExitStack() as bound:  # all stay bound until the last is found, so that none is found twice
+        while len(ports) < count:
+            listener = bound.enter_context(socket.socket())
+            listener.bind((_LOOPBACK, 0))
+            port: int = listener.getsockname()[1]
+            if port not in taken:
+                taken.add(port)
+                ports.append(port)
+    return ports
+
+
+def node_files(job: Job, folder: Path) -> list[NodeFiles]:
+    """The places of the job's nodes in the run folder, in the order of its sites."""
+    arm = folder / job.run
+    return [NodeFiles(site.name, arm / "nodes" / f"{site.name}.toml", arm / site.name) for site in job.sites]
+
+
+def write_node_files(
+    job: Job, scenario: ScenarioConfig, folder: Path, *, ports: list[int]
+) -> list[NodeFiles]:
+    """Write identity and node file of each of the job's sites, and make their run folders.
+
+    `scenario` is the one that `write_scenario` returned; `ports` has one for each site.
+    """
+    files = node_files(job, folder)
+    identities = [Identity.generate() for _ in job.sites]
+    members = [
+        PeerConfig(name=site.name, public_identity=str(identity.public), address=f"tcp://{_LOOPBACK}:{port}")
+        for site, identity, port in zip(job.sites, identities, ports, strict=True)
+    ]
+    for site, identity, place in zip(job.sites, identities, files, strict=True):
+        place.run_folder.mkdir(parents=True)
+        place.node_file.parent.mkdir(exist_ok=True)
+        identity.save(place.node_file.with_suffix(".key"))
+        config = _node_config(site, members, job, scenario, folder)
+        place.node_file.write_text(_toml(config.model_dump(mode="json", exclude_none=True)))
+    return files
+
+
+def _node_config(
+    site: SiteRun, members: list[PeerConfig], job: Job, scenario: ScenarioConfig, folder: Path
+) -> NodeConfig:
+    # Paths are relative to the node's file, so that the whole run folder can be moved.
+    up = Path("..", "..")
+    data = up / _DATA_FOLDER
+    is_file = scenario.topology.endswith(FILE_SUFFIXES)
+    return NodeConfig(
+        name=site.name,
+        run=job.run,
+        listen=next(str(member.address) for member in members if member.name == site.name),
+        identity=Path(f"{site.name}.key"),
+        run_folder=Path("..", site.name),
+        topology=str(up / Path(scenario.topology).name) if is_file else scenario.topology,
+        peers=tuple(member for member in members if member.name != site.name),
+        members=tuple(member.name for member in members),
+        group=scenario.group.model_copy(update={"num_threads": job.num_threads}),
+        task=scenario.task.model_copy(
+            update={
+                "data": tuple(data / f"{shard}.txt" for shard in site.shards),
+                "held_out": (data / _HELD_OUT_FILE,),
+                "max_held_out_bytes": (folder / _DATA_FOLDER / _HELD_OUT_FILE).stat().st_size,
+            }
+        ),
+        training=scenario.training.model_copy(update={"seed": site.training_seed}),
+        codistillation=scenario.codistillation,
+    )

@@ -1,0 +1,145 @@
+"""Which node processes a scenario needs, in which order they start, and how many threads each gets. Pure functions.
+
+A job is what must run at the same time: all sites of a codistilled arm, or a single site of the other arms. Jobs are placed
+on the cores by list scheduling, widest and then longest first. The number of threads is part of the plan, from estimated
+durations, so that two runs on machines with equally many cores compute the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from p2pcodistill.simulation.scenario import POOLED_SITE, ArmConfig, ScenarioConfig
+from p2pcodistill.topology import build_topology
+
+MAX_PLANNED_THREADS = 4
+# A teacher's forward pass, as a share of the student's whole step.
+_TEACHER_COST = 1 / 3
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRun:
+    """One node process: a site in one arm under one seed.
+
+    `shards` are the sites whose text it trains on.
+    """
+
+    name: str
+    training_seed: int
+    shards: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Sites that run at the same time. `cost` is its estimated duration, in steps of a lone site as unit."""
+
+    arm: ArmConfig
+    seed: int
+    sites: tuple[SiteRun, ...]
+    num_ranks_per_site: int
+    num_threads: int
+    cost: float
+
+    @property
+    def run(self) -> str:
+        """Names the arm's folder, and the run that its nodes belong to."""
+        return f"{self.arm.name}-seed{self.seed}"
+
+    @property
+    def num_ranks(self) -> int:
+        """Workers of all its sites."""
+        return self.num_ranks_per_site * len(self.sites)
+
+    @property
+    def num_cores_per_site(self) -> int:
+        """Cores that one site keeps busy."""
+        return self.num_ranks_per_site * self.num_threads
+
+    @property
+    def num_cores(self) -> int:
+        """Cores that the job keeps busy."""
+        return self.num_cores_per_site * len(self.sites)
+
+
+def training_seed(seed: int, site_index: int) -> int:
+    """The seed of a site's training, 31 bits; the same in every arm.
+
+    Hashed, so that seeds that a group's ranks derive by counting up from it do not meet those of another site.
+    """
+    digest = hashlib.sha256(f"p2pcodistill-simulation/{seed}/{site_index}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def make_jobs(scenario: ScenarioConfig) -> list[Job]:
+    """All jobs of `scenario`, in the order of its seeds and arms.
+
+    A lone site has exactly the seed and the data that it has in a codistilled arm; the pooled site starts from the
+    initialisation of the first site.
+    """
+    names = scenario.site_names
+    topology = build_topology(scenario.topology, names)
+    max_teachers = max(len(teachers) for teachers in topology.teachers_of.values())
+    jobs = []
+    for seed in scenario.seeds:
+        sites = tuple(SiteRun(name, training_seed(seed, index), (name,)) for index, name in enumerate(names))
+        for arm in scenario.arms:
+            if arm.kind == "codistilled":
+                parts, cost = [sites], 1 + _TEACHER_COST * max_teachers
+            elif arm.kind == "alone":
+                parts, cost = [(site,) for site in sites], 1.0
+            else:
+                parts, cost = [(SiteRun(POOLED_SITE, training_seed(seed, 0), names),)], 1.0
+            jobs += [
+                Job(arm, seed, part, scenario.group.num_ranks, scenario.group.num_threads, cost)
+                for part in parts
+            ]
+    return jobs
+
+
+def startable(waiting: Sequence[Job], *, num_free_cores: int, num_cores: int) -> list[Job]:
+    """The jobs of `waiting` that start now, in its order: each that fits into the cores that are free.
+
+    A job that needs more cores than the machine has starts once all `num_cores` are free.
+    """
+    chosen = []
+    for job in waiting:
+        num_needed = min(job.num_cores, num_cores)
+        if num_needed <= num_free_cores:
+            chosen.append(job)
+            num_free_cores -= num_needed
+    return chosen
+
+
+def plan(jobs: Sequence[Job], *, num_cores: int, widen: bool) -> list[Job]:
+    """`jobs` in the order in which they should start.
+
+    With `widen`, the jobs that start last get the threads for which cores would otherwise be idle, evenly and at most
+    `MAX_PLANNED_THREADS` a rank. `num_cores` is at least 1.
+    """
+    # Pooled jobs last among equals: they may get more threads, while a lone site then computes as its codistilled self does.
+    waiting = sorted(
+        jobs, key=lambda job: (-min(job.num_cores, num_cores), -job.cost, job.arm.kind == "pooled")
+    )
+    if not widen:
+        return waiting
+    planned: list[Job] = []
+    running: list[tuple[float, int]] = []  # a heap of (estimated end, cores)
+    now, num_free_cores = 0.0, num_cores
+    while waiting:
+        starting = startable(waiting, num_free_cores=num_free_cores, num_cores=num_cores)
+        if len(starting) == len(waiting):
+            num_spare = num_free_cores - sum(min(job.num_cores, num_cores) for job in starting)
+            num_more = min(MAX_PLANNED_THREADS - 1, num_spare // sum(job.num_ranks for job in starting))
+            return planned + [replace(job, num_threads=job.num_threads + num_more) for job in starting]
+        for job in starting:
+            waiting.remove(job)
+            heapq.heappush(running, (now + job.cost, min(job.num_cores, num_cores)))
+            num_free_cores -= min(job.num_cores, num_cores)
+        planned += starting
+        now = running[0][0]
+        while running and running[0][0] <= now:
+            num_free_cores += heapq.heappop(running)[1]
+    return planned
