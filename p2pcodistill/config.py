@@ -108,6 +108,13 @@ class LanguageModelConfig(StrictModel):
     window_bytes: PositiveInt = 32
     """Truncation length of back-propagation through time."""
 
+    def located_in(self, base_folder: Path) -> LanguageModelConfig:
+        """The same task with absolute paths; relative ones mean `base_folder`."""
+        data, held_out = (
+            tuple((base_folder / path).absolute() for path in paths) for paths in (self.data, self.held_out)
+        )
+        return self.model_copy(update={"data": data, "held_out": held_out})
+
 
 class GroupConfig(StrictModel):
     """The site's workers."""

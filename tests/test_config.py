@@ -28,11 +28,17 @@ def test_a_minimal_file_has_the_documented_defaults():
     [
         ({}, "the key 'name' is missing"),
         ({"name": "b", "trainig": {}}, "unknown key 'trainig': did you mean 'training'"),
-        ({"name": "b", "training": {"num_step": 3}}, "unknown key 'training.num_step': did you mean 'num_steps'"),
+        (
+            {"name": "b", "training": {"num_step": 3}},
+            "unknown key 'training.num_step': did you mean 'num_steps'",
+        ),
         ({"name": "b", "training": {"num_steps": "3"}}, "training.num_steps: .* got '3'"),
         ({"name": "b", "training": {"num_steps": 0}}, "training.num_steps: .* greater than or equal to 1"),
         ({"name": "b", "training": {"learning_rate": float("inf")}}, "training.learning_rate"),
-        ({"name": "b", "codistillation": {"loss": "mse"}}, "codistillation.loss: .*'squared-error', got 'mse'"),
+        (
+            {"name": "b", "codistillation": {"loss": "mse"}},
+            "codistillation.loss: .*'squared-error', got 'mse'",
+        ),
         ({"name": "b", "task": {"name": "vision"}}, "task.name: .*'language-model', got 'vision'"),
         ({"name": "b", "peers": [{"name": "t", "publc_identity": "x"}]}, "did you mean 'public_identity'"),
         ({"name": "b/c"}, "cannot name a site"),
@@ -81,7 +87,9 @@ def test_overrides_take_toml_values_or_plain_text():
     assert table["training"]["num_steps"] == 5
 
 
-@pytest.mark.parametrize(("assignment", "message"), [("num_steps", "KEY=VALUE"), ("name.x=1", "'name' is not a table")])
+@pytest.mark.parametrize(
+    ("assignment", "message"), [("num_steps", "KEY=VALUE"), ("name.x=1", "'name' is not a table")]
+)
 def test_overrides_that_make_no_sense(assignment, message):
     with pytest.raises(ConfigError, match=message):
         override({"name": "b"}, [assignment])

@@ -1,13 +1,13 @@
 """Identities: round trips, files that others can read, mistyped keys, signatures."""
 
-import os
+
 import stat
 
 import pytest
 import zmq
-from zmq.utils import z85
 from hypothesis import given
 from hypothesis import strategies as st
+from zmq.utils import z85
 
 from p2pcodistill.errors import IdentityError, SignatureError
 from p2pcodistill.identity import Identity, PublicIdentity, check_site_name
@@ -37,7 +37,7 @@ def test_saving_never_overwrites(tmp_path, identity):
 def test_a_file_that_others_can_read_is_refused(tmp_path, identity, mode):
     path = tmp_path / "berlin.key"
     identity.save(path)
-    os.chmod(path, mode)
+    path.chmod(mode)
     with pytest.raises(IdentityError, match="chmod 600"):
         Identity.load(path)
 

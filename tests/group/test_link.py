@@ -67,7 +67,9 @@ def node_link(tmp_path):
     link.close()
 
 
-async def join(node_link: NodeLink, rank: RankLink, offers: tuple[FrameOffer, ...] = ()) -> tuple[FrameOffer, ...]:
+async def join(
+    node_link: NodeLink, rank: RankLink, offers: tuple[FrameOffer, ...] = ()
+) -> tuple[FrameOffer, ...]:
     connecting = asyncio.create_task(asyncio.to_thread(rank.connect, 10))
     assert isinstance(await node_link.receive(), Joined)
     await node_link.send(Welcome(offers))

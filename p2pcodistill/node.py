@@ -1,0 +1,401 @@
+"""The node: composition root of the byte plane, one asyncio process a site.
+
+It joins transport, gossip, store and link, supervises the site's workers, and has one TaskGroup and one shutdown path:
+
+    transport ──events──▶ gossip ──actions──▶ store, transport, link, event log
+    link      ──frames──▶ sign, store ──▶ gossip          link ──events──▶ event log
+    workers   ──exit────▶ restart with back-off, or finish, linger, leave
+
+What arrives from a peer can be refused but cannot stop the node; whatever else goes wrong does stop it, and its workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from p2pcodistill.checkpoint.manifest import (
+    DEFAULT_CHUNK_BYTES,
+    Manifest,
+    Version,
+    digest_chunks,
+    sign_manifest,
+)
+from p2pcodistill.checkpoint.store import FrameStore, StoredFrame
+from p2pcodistill.config import GroupSpec, NodeConfig
+from p2pcodistill.errors import MalformedError, RefusedError
+from p2pcodistill.gossip import protocol as gossip
+from p2pcodistill.gossip.messages import Chunk, Gone, encode_message, lane_of
+from p2pcodistill.group.lifeline import adopt_orphans
+from p2pcodistill.group.link import (
+    EventHappened,
+    FrameOffer,
+    FrameOffered,
+    FrameReady,
+    Joined,
+    NodeLink,
+    StopRequested,
+    Welcome,
+)
+from p2pcodistill.group.supervise import StopSwitch, Supervisor, first_of
+from p2pcodistill.identity import Identity, PublicIdentity
+from p2pcodistill.runfolder import RunFolder
+from p2pcodistill.telemetry import (
+    EventLog,
+    FramePublished,
+    NodeStarted,
+    NodeStopped,
+    Record,
+    Refused,
+    TrafficMeasured,
+)
+from p2pcodistill.topology import build_topology
+from p2pcodistill.transport.base import Closed, Opened, Received, Rejected
+from p2pcodistill.transport.zeromq import PeerEndpoint, ZeroMQTransport
+
+TICK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a node ended: `exit_status` is 0 when training finished, 128 + signal when it was stopped."""
+
+    reason: str
+    exit_status: int
+
+
+class Node:
+    """One site. Build it (bad input raises UserError before anything starts), then `await run()` once."""
+
+    def __init__(
+        self, config: NodeConfig, *, base_folder: Path, subscriber: Callable[[Record], None] | None = None
+    ) -> None:
+        """`base_folder` is what relative paths in `config` mean; `subscriber` sees every event as a record."""
+        self._config = config
+        self._identity = Identity.load(base_folder / (config.identity or f"{config.name}.key"))
+        members = config.ordered_members
+        self._topology = build_topology(config.topology, members, base_folder=base_folder)
+        keys = {peer.name: peer.identity for peer in config.peers} | {config.name: self._identity.public}
+        self._keys: dict[str, PublicIdentity] = {member: keys[member] for member in members}
+        self._teachers = self._topology.teachers_of[config.name]
+        self._neighbours = self._topology.neighbours_of(config.name)
+        endpoints = {
+            peer.name: PeerEndpoint(peer.identity, peer.address)
+            for peer in config.peers
+            if peer.name in self._neighbours
+        }
+        self._transport = ZeroMQTransport(self._identity, config.listen, endpoints)
+        folder = base_folder / (config.run_folder or f"runs/{config.run}-{config.name}")
+        self._folder = RunFolder(folder.absolute(), self._describe())
+        self._task = config.task.located_in(base_folder)
+        script = config.group.script and (base_folder / config.group.script).absolute()
+        self._group_config = config.group.model_copy(update={"script": script})
+        self._store = FrameStore(self._folder.store, keys=self._keys)
+        self._events = EventLog(self._folder.events, *([subscriber] if subscriber else []))
+        self._link = NodeLink(self._folder.link_pointer)
+        stored = {member: frame for member in members if (frame := self._store.newest(member))}
+        self._gossip = gossip.Gossip(
+            site=config.name,
+            run=config.run,
+            members=self._keys,
+            teachers=tuple(self._teachers),
+            students=self._topology.students_of(config.name),
+            members_digest=gossip.members_digest(self._keys),
+            topology_digest=self._topology.digest,
+            incarnation=self._store.incarnation,
+            stored={member: frame.signed for member, frame in stored.items()},
+            pinned_schemas={m: pin for m in members if (pin := self._store.pinned_schema(m)) is not None},
+        )
+        self._gossip_lock = asyncio.Lock()
+        self._offered: dict[str, list[StoredFrame]] = {
+            origin: [frame] for origin, frame in stored.items() if origin in self._teachers
+        }
+        self._gossip_moved = asyncio.Event()
+        self._stop = StopSwitch()
+        self._last_traffic: TrafficMeasured | None = None
+
+    def _describe(self) -> dict[str, object]:
+        """What must be the same whenever this run goes on in its folder: all that training depends on."""
+        config = self._config
+        return {
+            "run": config.run,
+            "name": config.name,
+            "members": {name: str(key) for name, key in self._keys.items()},
+            "topology": self._topology.digest.hex(),
+            "task": config.task.model_dump(mode="json"),
+            "training": config.training.model_dump(mode="json"),
+            "codistillation": config.codistillation.model_dump(mode="json"),
+            "group": config.group.model_dump(
+                mode="json", include={"num_ranks", "script", "script_arguments"}
+            ),
+        }
+
+    # --- life ------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> Outcome:
+        """Listen, train, exchange, finish, leave. Raises UserError (port in use, workers that keep failing)."""
+        adopt_orphans()
+        outcome = Outcome("failed", 1)
+        try:
+            await self._transport.open()
+            link_address = self._link.open()
+            self._events.write(
+                NodeStarted(
+                    site=self._config.name,
+                    run=self._config.run,
+                    listen=self._transport.listen_address,
+                    incarnation=self._store.incarnation,
+                    neighbours=list(self._neighbours),
+                    pid=os.getpid(),
+                )
+            )
+            with self._stop.on_signals():
+                outcome = await self._run_tasks(link_address)
+        except BaseExceptionGroup as errors:
+            raise _first_leaf(errors) from errors
+        finally:
+            self._report_traffic()
+            self._events.write(NodeStopped(site=self._config.name, reason=outcome.reason))
+            await self._transport.close()
+            self._link.close()
+            self._store.close()
+            self._events.close()
+            self._folder.close()
+        return outcome
+
+    async def _run_tasks(self, link_address: str) -> Outcome:
+        async with asyncio.TaskGroup() as tasks:
+            pumps = [
+                tasks.create_task(pump(), name=pump.__name__)
+                for pump in (self._pump_transport, self._pump_link, self._pump_ticks)
+            ]
+            outcome = await self._supervise(link_address)
+            for pump in pumps:
+                pump.cancel()
+        return outcome
+
+    # --- the workers -----------------------------------------------------------------------------------------------
+
+    async def _supervise(self, link_address: str) -> Outcome:
+        supervisor = Supervisor(
+            self._config.group, self._events, self._folder.group_spec, self._folder.group_log, self._stop
+        )
+        finished = await supervisor.run(lambda: self._prepare_launch(link_address), self._ask_ranks_to_stop)
+        if finished:
+            await self._feed(gossip.TrainingFinished())
+            await self._linger()
+        if self._stop.requested.is_set():
+            return Outcome("stopped", 128 + self._stop.signal)
+        return Outcome("finished", 0)
+
+    async def _prepare_launch(self, link_address: str) -> GroupSpec:
+        """What the ranks of the next launch are told."""
+        # They may train the same steps again from a checkpoint: their versions must be newer than the last launch's.
+        incarnation = self._store.incarnation + 1
+        self._store.save_incarnation(incarnation)
+        await self._feed(gossip.IncarnationRaised(incarnation))
+        token = secrets.token_hex(8)
+        self._link.expect(token)
+        members = list(self._keys)
+        return GroupSpec(
+            site=self._config.name,
+            link_address=link_address,
+            link_token=token,
+            outbox_folder=self._folder.outbox,
+            training_folder=self._folder.training,
+            model_path=self._folder.model,
+            teachers=self._teachers,
+            shard_index=members.index(self._config.name),
+            num_shards=len(members),
+            group=self._group_config,
+            task=self._task,
+            training=self._config.training,
+            codistillation=self._config.codistillation,
+        )
+
+    async def _ask_ranks_to_stop(self) -> bool:
+        """Ask the ranks to agree on a step, checkpoint and exit; False when none has joined, so that nothing is lost."""
+        await self._link.send(StopRequested())
+        return self._link.joined
+
+    async def _linger(self) -> None:
+        """Serve the last checkpoint until every student has finished, `linger_s` is over, or a signal comes."""
+        deadline_s = time.monotonic() + self._config.linger_s
+        while not (self._gossip.students_finished or self._stop.requested.is_set()):
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                return
+            await first_of(self._gossip_moved, self._stop.requested, timeout_s=left_s)
+            self._gossip_moved.clear()
+
+    # --- gossip ----------------------------------------------------------------------------------------------------
+
+    async def _pump_transport(self) -> None:
+        while True:
+            match await self._transport.receive():
+                case Opened(peer):
+                    await self._feed(gossip.PeerOpened(peer))
+                case Closed(peer, why):
+                    await self._feed(gossip.PeerClosed(peer, why))
+                case Received(peer, _, payload):
+                    await self._feed(gossip.PayloadReceived(peer, payload))
+                case Rejected(peer_or_none, reason, why, num_times):
+                    self._events.write(Refused(peer_or_none, reason, why, num_times))
+
+    async def _pump_ticks(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            await self._feed(gossip.Ticked())
+            self._report_traffic()
+            in_use = set(self._gossip.frames_in_use(time.monotonic()))
+            in_use.update(stored.signed.frame_id for kept in self._offered.values() for stored in kept)
+            self._store.prune(keep_frame_ids=in_use)
+
+    async def _feed(self, event: gossip.Event) -> None:
+        """Hand one event to gossip and do what it decides, including what follows from that."""
+        async with self._gossip_lock:
+            events = [event]
+            while events:
+                for action in self._gossip.handle(events.pop(0), time.monotonic()):
+                    follow_up = await self._perform(action)
+                    if follow_up is not None:
+                        events.append(follow_up)
+        self._gossip_moved.set()
+
+    async def _perform(self, action: gossip.Action) -> gossip.Event | None:
+        match action:
+            case gossip.SendPayload(peer, lane, payload):
+                self._transport.send(peer, lane, payload)
+            case gossip.BeginFetch(signed):
+                try:
+                    return gossip.FetchBegun(signed.frame_id, self._store.begin(signed))
+                except RefusedError as error:
+                    return gossip.FetchRefused(signed.frame_id, error.reason, str(error))
+            case gossip.StoreChunk(frame_id, index, data):
+                self._store.put_chunk(frame_id, index, data)
+            case gossip.CompleteFrame(frame_id):
+                await asyncio.to_thread(self._store.complete, frame_id)
+                return gossip.FrameStored(frame_id)
+            case gossip.AbandonFrame(frame_id):
+                self._store.abandon(frame_id)
+            case gossip.ServeChunk(peer, frame_id, index):
+                served = self._store.read_chunk(frame_id, index)
+                answer = Gone(frame_id) if served is None else Chunk(frame_id, index, served)
+                self._transport.send(peer, lane_of(answer), encode_message(answer))
+            case gossip.PinSchema(origin, schema_hash):
+                self._store.pin_schema(origin, schema_hash)
+            case gossip.RaiseIncarnation(incarnation):
+                return await self._reincarnate(incarnation)
+            case gossip.OfferFrame(signed):
+                stored = self._store.newest(signed.manifest.origin)
+                if stored is not None:
+                    # The ranks may still be reading the one before.
+                    self._offered[signed.manifest.origin] = [
+                        *self._offered.get(signed.manifest.origin, [])[-1:],
+                        stored,
+                    ]
+                    await self._link.send(FrameOffered(self._offer(stored)))
+            case gossip.Report(event):
+                self._events.write(event)
+        return None
+
+    async def _reincarnate(self, incarnation: int) -> gossip.Event | None:
+        """Neighbours know this identity under a higher incarnation: take a newer one, and publish again under it."""
+        self._store.save_incarnation(incarnation)
+        newest = self._store.newest(self._config.name)
+        if newest is None:
+            return None
+        manifest = newest.signed.manifest
+        copy = self._folder.outbox / f"{newest.signed.frame_id}.again"
+        os.link(newest.path, copy)
+        renewed = dataclasses.replace(manifest, version=Version(incarnation, manifest.version.step))
+        signed = sign_manifest(renewed, self._identity)
+        await asyncio.to_thread(self._store.adopt, signed, copy)
+        return gossip.FramePublished(signed)
+
+    # --- the link --------------------------------------------------------------------------------------------------
+
+    async def _pump_link(self) -> None:
+        while True:
+            try:
+                message = await self._link.receive()
+            except MalformedError as error:
+                self._events.write(Refused(peer=None, reason=error.reason, why=f"from the ranks: {error}"))
+                continue
+            match message:
+                case Joined():
+                    await self._link.send(
+                        Welcome(tuple(self._offer(kept[-1]) for kept in self._offered.values()))
+                    )
+                    if self._stop.requested.is_set():
+                        await self._link.send(StopRequested())
+                case EventHappened(record):
+                    self._events.write_record(record)
+                case FrameReady():
+                    try:
+                        await self._publish(message)
+                    except RefusedError as error:
+                        self._events.write(Refused(peer=None, reason=error.reason, why=str(error)))
+
+    async def _publish(self, ready: FrameReady) -> None:
+        """Sign, store and announce a frame that rank 0 has encoded."""
+        path = self._folder.outbox / Path(ready.path).name
+        if not path.exists():
+            raise MalformedError(f"the ranks announced {path.name}, which is not in the outbox")
+        digests = await asyncio.to_thread(digest_chunks, path, DEFAULT_CHUNK_BYTES)
+        manifest = Manifest(
+            run=self._config.run,
+            origin=self._config.name,
+            version=Version(self._store.incarnation, ready.step),
+            kind=ready.kind,
+            codec=ready.codec,
+            schema_hash=ready.schema_hash,
+            num_fp16_bytes=ready.num_fp16_bytes,
+            num_bytes=path.stat().st_size,
+            chunk_bytes=DEFAULT_CHUNK_BYTES,
+            chunk_digests=digests,
+        )
+        signed = sign_manifest(manifest, self._identity)
+        await asyncio.to_thread(self._store.adopt, signed, path)
+        self._events.write(
+            FramePublished(
+                incarnation=manifest.version.incarnation,
+                step=manifest.version.step,
+                num_bytes=manifest.num_bytes,
+                num_fp16_bytes=manifest.num_fp16_bytes,
+            )
+        )
+        await self._feed(gossip.FramePublished(signed))
+
+    def _offer(self, stored: StoredFrame) -> FrameOffer:
+        manifest = stored.signed.manifest
+        return FrameOffer(
+            origin=manifest.origin,
+            incarnation=manifest.version.incarnation,
+            step=manifest.version.step,
+            path=str(stored.path),
+            num_bytes=manifest.num_bytes,
+        )
+
+    def _report_traffic(self) -> None:
+        traffic = self._transport.traffic()
+        event = TrafficMeasured(
+            num_bytes_sent=sum(t.num_bytes_sent for t in traffic.values()),
+            num_bytes_received=sum(t.num_bytes_received for t in traffic.values()),
+            num_bytes_sent_by_peer={peer: t.num_bytes_sent for peer, t in traffic.items()},
+            num_bytes_received_by_peer={peer: t.num_bytes_received for peer, t in traffic.items()},
+        )
+        if event != self._last_traffic:
+            self._last_traffic = event
+            self._events.write(event)
+
+
+def _first_leaf(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = errors.exceptions[0]
+    return _first_leaf(first) if isinstance(first, BaseExceptionGroup) else first
