@@ -1,0 +1,289 @@
+"""What one site went through, folded from its events: curves, staleness, traffic and totals.
+
+Everything here is a pure function of the records of one `events.jsonl`. A run may span several lives of the node and of its
+group, and a group that restarts resumes from an earlier step. The rules:
+
+- curves keep what led to the present model: when training goes back to a step, what was recorded beyond it is dropped, and
+  of two records of one step the later one stays;
+- totals keep what was really spent: bytes, teacher swaps, published frames and seconds add up over all lives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, TypeAlias, TypeVar
+
+from p2pcodistill.telemetry import (
+    Evaluated,
+    Event,
+    EventTail,
+    FramePublished,
+    GroupStarted,
+    NodeStarted,
+    Record,
+    Refused,
+    StepMeasured,
+    TeacherRefused,
+    TeacherSwapped,
+    TrafficMeasured,
+    TrainingEnded,
+    TrainingStarted,
+    VersionAnnounced,
+    from_record,
+)
+
+Curve: TypeAlias = list[tuple[int, float]]
+"""(step, value), steps strictly increasing. A value that was not finite is NaN."""
+TeacherCurve: TypeAlias = list[tuple[int, dict[str, int]]]
+"""(step, {teacher: steps}), steps strictly increasing."""
+
+Value = TypeVar("Value")
+
+
+class TrafficPoint(NamedTuple):
+    """Bytes moved up to a moment: since the first record, over all lives of the node, envelopes included."""
+
+    time_s: float
+    num_bytes_sent: int
+    num_bytes_received: int
+    step: int
+    """The step that training had reached by then."""
+
+
+class TeacherTracker:
+    """Which version of each teacher is in use at a site, and which is the newest that its origin announced."""
+
+    def __init__(self) -> None:
+        self._announced: dict[str, tuple[int, int]] = {}
+        self._in_use: dict[str, tuple[int, int]] = {}
+
+    def update(self, event: Event) -> None:
+        """Take an announcement or a swap into account; other events change nothing."""
+        if isinstance(event, VersionAnnounced):
+            self._announce(event.origin, (event.incarnation, event.step))
+        elif isinstance(event, TeacherSwapped):
+            self._in_use[event.teacher] = (event.incarnation, event.teacher_step)
+            # A teacher from the store is in use before its origin has been heard of.
+            self._announce(event.teacher, (event.incarnation, event.teacher_step))
+
+    def _announce(self, origin: str, version: tuple[int, int]) -> None:
+        self._announced[origin] = max(version, self._announced.get(origin, version))
+
+    def staleness_steps(self) -> dict[str, int]:
+        """Per teacher in use: its origin's newest announced step minus the step in use here.
+
+        Never negative: an origin that resumed from an earlier step announces smaller steps under a higher incarnation, and
+        a version that is ahead of them is not stale.
+        """
+        return {
+            teacher: max(0, self._announced[teacher][1] - step) for teacher, (_, step) in self._in_use.items()
+        }
+
+    def lag_steps(self, student_step: int) -> dict[str, int]:
+        """Per teacher in use: `student_step` minus the teacher's step; negative for a student that is behind."""
+        return {teacher: student_step - step for teacher, (_, step) in self._in_use.items()}
+
+
+class TrafficTotals:
+    """Bytes sent and received over all lives of a node, from counters that start at 0 in each."""
+
+    def __init__(self) -> None:
+        self._earlier = (0, 0)
+        self._current = (0, 0)
+
+    def update(self, event: Event) -> None:
+        """Take a start of the node or a measurement into account; other events change nothing."""
+        if isinstance(event, NodeStarted):
+            self._begin_life()
+        elif isinstance(event, TrafficMeasured):
+            measured = (event.num_bytes_sent, event.num_bytes_received)
+            if measured[0] < self._current[0] or measured[1] < self._current[1]:
+                self._begin_life()  # the record of the start was torn when the machine went down
+            self._current = measured
+
+    def _begin_life(self) -> None:
+        self._earlier = (self.num_bytes_sent, self.num_bytes_received)
+        self._current = (0, 0)
+
+    @property
+    def num_bytes_sent(self) -> int:
+        """Bytes handed to the transport so far."""
+        return self._earlier[0] + self._current[0]
+
+    @property
+    def num_bytes_received(self) -> int:
+        """Bytes received from the transport so far."""
+        return self._earlier[1] + self._current[1]
+
+
+@dataclass(slots=True)
+class SiteHistory:
+    """One site's run, from the records of its `events.jsonl`. Numbers that no event has told yet are 0 or None."""
+
+    evaluations: Curve = field(default_factory=list)
+    """Held-out loss."""
+    losses: Curve = field(default_factory=list)
+    """Training loss, the mean over the steps since the previous point."""
+    staleness: TeacherCurve = field(default_factory=list)
+    """Per teacher: the origin's newest announced step minus the step in use, at each measurement from the first swap on."""
+    lag: TeacherCurve = field(default_factory=list)
+    """Per teacher: student step minus teacher step, sampled likewise."""
+    traffic: list[TrafficPoint] = field(default_factory=list)
+    num_steps: int = 0
+    """Completed updates of the present model."""
+    first_distilled_step: int | None = None
+    """First measured step at which the distillation loss was on: burn-in ended at or shortly before it."""
+    num_parameters: int | None = None
+    device: str | None = None
+    precision: str | None = None
+    num_bytes_sent: int = 0
+    num_bytes_received: int = 0
+    num_teacher_swaps: int = 0
+    num_frames_published: int = 0
+    num_refusals: int = 0
+    num_node_starts: int = 0
+    num_group_starts: int = 0
+    num_measured_steps: int = 0
+    """Updates that `duration_s` covers, repeated ones included."""
+    exchange_s: float = 0.0
+    """Seconds that the training thread spent in exchange, over all lives."""
+    duration_s: float = 0.0
+    """Seconds of training that `exchange_s` is a part of."""
+    finished: bool = False
+    """Training reached its last step (and was not stopped early)."""
+
+    @classmethod
+    def read(cls, path: Path) -> SiteHistory:
+        """The history in an `events.jsonl`; empty if there is no such file.
+
+        Torn lines and events of other versions are passed over.
+        """
+        return cls.of(EventTail(path).read())
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> SiteHistory:
+        """The history that `records` tell, in their order."""
+        history = cls()
+        teachers, traffic = TeacherTracker(), TrafficTotals()
+        start_time_s: float | None = None
+        last_step = 0
+        for record in records:
+            try:
+                event = from_record(record)
+            except ValueError:
+                continue
+            time_s = float(record.get("time_unix_s") or 0.0)
+            start_time_s = time_s if start_time_s is None else start_time_s
+            teachers.update(event)
+            traffic.update(event)
+            match event:
+                case NodeStarted():
+                    history.num_node_starts += 1
+                case GroupStarted():
+                    history.num_group_starts += 1
+                case TrainingStarted():
+                    history._go_back_to(event.start_step)
+                    last_step = event.start_step
+                    history.num_parameters = event.num_parameters
+                    history.device = event.device
+                    history.precision = event.precision
+                case StepMeasured():
+                    history._measure(event, teachers, num_new_steps=event.step - last_step)
+                    last_step = event.step
+                case Evaluated():
+                    _put(history.evaluations, event.step, _number(event.val_loss))
+                case TeacherSwapped():
+                    history.num_teacher_swaps += 1
+                case FramePublished():
+                    history.num_frames_published += 1
+                case Refused() | TeacherRefused():
+                    history.num_refusals += 1
+                case TrafficMeasured():
+                    elapsed_s = time_s - start_time_s
+                    history.num_bytes_sent = traffic.num_bytes_sent
+                    history.num_bytes_received = traffic.num_bytes_received
+                    history.traffic.append(
+                        TrafficPoint(
+                            elapsed_s, history.num_bytes_sent, history.num_bytes_received, history.num_steps
+                        )
+                    )
+                case TrainingEnded():
+                    history._end(event, num_new_steps=event.step - last_step)
+        return history
+
+    def _go_back_to(self, step: int) -> None:
+        for curve in (self.evaluations, self.losses, self.staleness, self.lag):
+            while curve and curve[-1][0] > step:
+                curve.pop()
+        self.num_steps = step
+        self.finished = False
+
+    def _measure(self, event: StepMeasured, teachers: TeacherTracker, *, num_new_steps: int) -> None:
+        _put(self.losses, event.step, _number(event.loss))
+        if staleness := teachers.staleness_steps():
+            _put(self.staleness, event.step, staleness)
+            _put(self.lag, event.step, teachers.lag_steps(event.step))
+        if event.distillation_loss is not None and self.first_distilled_step is None:
+            self.first_distilled_step = event.step
+        self.num_steps = event.step
+        self.num_measured_steps += max(0, num_new_steps)
+        self.exchange_s += event.exchange_s
+        self.duration_s += event.duration_s
+
+    def _end(self, event: TrainingEnded, *, num_new_steps: int) -> None:
+        self.num_steps = event.step
+        self.finished = event.finished
+        # The loop's own totals also cover what came after the last measurement; they are the smaller ones only where they
+        # leave out an earlier life of the group.
+        if event.duration_s > self.duration_s:
+            self.exchange_s = event.exchange_s
+            self.duration_s = event.duration_s
+            self.num_measured_steps += max(0, num_new_steps)
+
+    @property
+    def final_val_loss(self) -> float | None:
+        """The last evaluation's held-out loss; None before the first, NaN if it was not finite."""
+        return self.evaluations[-1][1] if self.evaluations else None
+
+    @property
+    def mean_staleness_steps(self) -> float | None:
+        """Mean over samples and teachers; None without teachers."""
+        return _mean_steps(self.staleness)
+
+    @property
+    def mean_lag_steps(self) -> float | None:
+        """Mean over samples and teachers; None without teachers."""
+        return _mean_steps(self.lag)
+
+    @property
+    def exchange_stall_ratio(self) -> float | None:
+        """The share of training time that the training thread spent in exchange."""
+        return self.exchange_s / self.duration_s if self.duration_s > 0 else None
+
+    @property
+    def steps_per_s(self) -> float | None:
+        """Mean speed of training."""
+        return self.num_measured_steps / self.duration_s if self.duration_s > 0 else None
+
+    def first_step_at_or_below(self, val_loss: float) -> int | None:
+        """The first evaluated step whose held-out loss is at or below `val_loss`; None if there is none."""
+        return next((step for step, loss in self.evaluations if loss <= val_loss), None)
+
+
+def _put(curve: list[tuple[int, Value]], step: int, value: Value) -> None:
+    while curve and curve[-1][0] >= step:
+        curve.pop()
+    curve.append((step, value))
+
+
+def _number(value: float | None) -> float:
+    # A value that is not finite travels as null (see telemetry).
+    return math.nan if value is None else float(value)
+
+
+def _mean_steps(curve: TeacherCurve) -> float | None:
+    samples = [steps for _, by_teacher in curve for steps in by_teacher.values()]
+    return sum(samples) / len(samples) if samples else None

@@ -1,0 +1,117 @@
+"""The report of a run: one HTML file that needs nothing else, neither network nor script.
+
+Everything that comes from a file or a peer is escaped; the pictures are inline SVG made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from p2pcodistill.report import figures
+from p2pcodistill.report.summary import ABSENT, ArmResult, Summary, byte_count, headline, number, percent
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    summary: Summary,
+    arms: Sequence[ArmResult],
+    configuration_text: str,
+    versions: Mapping[str, str],
+) -> None:
+    """Write the report of `arms`, with their `summary` (from `summarise`), to `path`.
+
+    `configuration_text` is shown as it is; `versions` maps software to version.
+    """
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = resources.files("p2pcodistill.report").joinpath("template.html").read_text(encoding="utf-8")
+    page = environment.from_string(template).render(
+        title=title,
+        headline=headline(summary),
+        tiles=_tiles(summary),
+        notes=summary["notes"],
+        loss_unit=summary["loss_unit"],
+        num_seeds=len(summary["seeds"]),
+        first_seed=summary["seeds"][0] if summary["seeds"] else None,
+        rows=_rows(summary),
+        models=_models(summary),
+        pictures=_pictures(arms, summary),
+        configuration_text=configuration_text,
+        versions=dict(versions),
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _tiles(summary: Summary) -> list[dict[str, str]]:
+    ratio = summary["bytes_vs_all_reduce_ratio"]
+    return [
+        {
+            "value": percent(summary["gap_closed_ratio"]),
+            "meaning": "of the gap between alone and pooled closed",
+        },
+        {
+            "value": number(summary["steps_to_baseline_loss_ratio"], 2),
+            "meaning": "of the steps to reach the lone sites' final loss",
+        },
+        {
+            "value": ABSENT if ratio is None else f"{ratio:.0f}×",
+            "meaning": "fewer bytes sent than all-reduce would have",
+        },
+        {
+            "value": percent(summary["worst_exchange_stall_ratio"], 2),
+            "meaning": "of training time spent in exchange, at the worst site",
+        },
+    ]
+
+
+def _rows(summary: Summary) -> list[dict[str, Any]]:
+    return [
+        {
+            "arm": arm["name"],
+            "seed": arm["seed"],
+            "site": site,
+            "is_first": index == 0,
+            "numbers": [
+                number(values["final_val_loss"], 3),
+                str(values["num_steps"]) + ("" if values["finished"] else " (not finished)"),
+                percent(values["steps_to_baseline_loss_ratio"]),
+                str(values["num_teacher_swaps"] or ABSENT),
+                number(values["mean_staleness_steps"], 1),
+                number(values["mean_lag_steps"], 1),
+                percent(values["exchange_stall_ratio"], 2) if values["num_teacher_swaps"] else ABSENT,
+                byte_count(values["bytes_sent"]),
+                byte_count(values["bytes_received"]),
+                number(values["steps_per_s"], 1),
+            ],
+        }
+        for arm in summary["arms"]
+        for index, (site, values) in enumerate(arm["sites"].items())
+    ]
+
+
+def _models(summary: Summary) -> str:
+    """What was trained and on what; one phrase where all sites are alike."""
+    phrases = dict.fromkeys(
+        f"{values['num_parameters']:,} parameters, {values['precision']} on {values['device']}"
+        for arm in summary["arms"]
+        for values in arm["sites"].values()
+        if values["num_parameters"] is not None
+    )
+    return f"Every site: {'; or '.join(phrases)}." if phrases else ""
+
+
+def _pictures(arms: Sequence[ArmResult], summary: Summary) -> dict[str, Markup]:
+    drawn = {"learning_curves": figures.learning_curves(arms, summary), "ages": None, "traffic": None}
+    if any(arm.kind == "codistilled" for arm in arms):
+        drawn |= {"ages": figures.staleness_and_lag(arms), "traffic": figures.traffic(arms, summary)}
+    # matplotlib escapes the text that it writes into SVG.
+    return {name: Markup(figures.to_svg(figure, name) if figure else "") for name, figure in drawn.items()}

@@ -1,0 +1,179 @@
+"""One site's state as its records up to now tell it, and the same in words.
+
+Text that peers may have had a hand in is stripped of control characters here, before it reaches a screen or a log.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from p2pcodistill.report.history import TeacherTracker, TrafficTotals
+from p2pcodistill.report.summary import byte_count
+from p2pcodistill.telemetry import (
+    Evaluated,
+    Event,
+    GroupExited,
+    GroupStarted,
+    NodeStarted,
+    NodeStopped,
+    PeerConnected,
+    PeerDisconnected,
+    Record,
+    Refused,
+    StepMeasured,
+    TeacherRefused,
+    TrainingEnded,
+    TrainingStarted,
+    from_record,
+)
+
+State: TypeAlias = Literal[
+    "waiting", "starting", "training", "restarting", "stopping", "serving", "finished", "stopped", "failed"
+]
+ENDED: frozenset[State] = frozenset({"finished", "stopped", "failed"})
+
+_ENDINGS: dict[str, State] = {"finished": "finished", "stopped": "stopped"}
+
+SPEED_SMOOTHING = 0.2
+"""Weight of a new measurement in the speed that the time left is estimated from."""
+MAX_SENTENCE_CHARACTERS = 200
+
+
+@dataclass(slots=True)
+class Progress:
+    """One site as its records up to now tell it. Numbers not known yet are None."""
+
+    state: State = "waiting"
+    step: int = 0
+    num_steps: int | None = None
+    loss: float | None = None
+    val_loss: float | None = None
+    steps_per_s: float | None = None
+    neighbours: tuple[str, ...] = ()
+    connected_peers: set[str] = field(default_factory=set)
+    num_refusals: int = 0
+    last_refusal: str | None = None
+    _smooth_steps_per_s: float | None = None
+    _teachers: TeacherTracker = field(default_factory=TeacherTracker)
+    _traffic: TrafficTotals = field(default_factory=TrafficTotals)
+
+    def update(self, record: Record) -> Event | None:
+        """Take `record` into account; return its event, or None for one that this version does not know."""
+        try:
+            event = from_record(record)
+        except ValueError:
+            return None
+        self._teachers.update(event)
+        self._traffic.update(event)
+        match event:
+            case NodeStarted():
+                self.state = "starting"
+                self.neighbours = tuple(event.neighbours)
+                self.connected_peers.clear()
+            case NodeStopped():
+                self.state = _ENDINGS.get(event.reason, "failed")
+                self.connected_peers.clear()
+            case PeerConnected():
+                self.connected_peers.add(event.peer)
+            case PeerDisconnected():
+                self.connected_peers.discard(event.peer)
+            case GroupStarted():
+                self.state = "starting"
+            case GroupExited():
+                if event.restart_in_s is not None:
+                    self.state = "restarting"
+                elif event.exit_status != 0:
+                    self.state = "failed"
+            case TrainingStarted():
+                self.state = "training"
+                self.step, self.num_steps = event.start_step, event.num_steps
+                self._smooth_steps_per_s = None
+            case StepMeasured():
+                self.state = "training"
+                self.step, self.loss = event.step, event.loss
+                self._measure_speed(event.steps_per_s)
+            case Evaluated():
+                self.val_loss = event.val_loss
+            case TrainingEnded():
+                self.state = ("serving" if self.neighbours else "finished") if event.finished else "stopping"
+                self.step = event.step
+            case Refused():
+                who = f"from {event.peer}: " if event.peer else ""
+                self._refuse(f"{event.reason}: {who}{event.why}")
+            case TeacherRefused():
+                self._refuse(
+                    f"{event.reason}: teacher {event.teacher} of step {event.teacher_step}: {event.why}"
+                )
+        return event
+
+    def _measure_speed(self, steps_per_s: float | None) -> None:
+        self.steps_per_s = steps_per_s
+        if steps_per_s is not None:
+            before = steps_per_s if self._smooth_steps_per_s is None else self._smooth_steps_per_s
+            self._smooth_steps_per_s = before + SPEED_SMOOTHING * (steps_per_s - before)
+
+    def _refuse(self, sentence: str) -> None:
+        self.num_refusals += 1
+        self.last_refusal = printable(sentence)
+
+    @property
+    def staleness_steps(self) -> dict[str, int]:
+        """Per teacher in use: its newest announced step minus the step in use."""
+        return self._teachers.staleness_steps()
+
+    @property
+    def num_bytes_sent(self) -> int:
+        """Bytes sent over all lives of the node."""
+        return self._traffic.num_bytes_sent
+
+    @property
+    def num_bytes_received(self) -> int:
+        """Bytes received over all lives of the node."""
+        return self._traffic.num_bytes_received
+
+    @property
+    def time_left_s(self) -> float | None:
+        """Until the last step, at the recent speed; None unless training."""
+        if self.state != "training" or self.num_steps is None or not self._smooth_steps_per_s:
+            return None
+        return max(0, self.num_steps - self.step) / self._smooth_steps_per_s
+
+
+def printable(text: str) -> str:
+    """`text` on one line, without control characters and not longer than a screen can bear."""
+    clean = "".join(
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text
+    )
+    if len(clean) <= MAX_SENTENCE_CHARACTERS:
+        return clean
+    return clean[: MAX_SENTENCE_CHARACTERS - 1] + "…"
+
+
+def describe(progress: Progress) -> str:
+    """One line about a site: everything that is known, nothing that is not."""
+    parts: list[str] = [progress.state]
+    if progress.num_steps is not None:
+        parts.append(f"step {progress.step}/{progress.num_steps}")
+    if progress.loss is not None:
+        parts.append(f"loss {progress.loss:.3f}")
+    if progress.val_loss is not None:
+        parts.append(f"held-out {progress.val_loss:.3f}")
+    if progress.neighbours and progress.state not in ENDED:
+        parts += [f"{teacher} {steps} steps stale" for teacher, steps in progress.staleness_steps.items()]
+        parts.append(f"{len(progress.connected_peers)}/{len(progress.neighbours)} peers")
+    if progress.num_bytes_sent or progress.num_bytes_received:
+        parts.append(f"sent {byte_count(progress.num_bytes_sent)}")
+        parts.append(f"received {byte_count(progress.num_bytes_received)}")
+    if progress.state == "training" and progress.steps_per_s is not None:
+        parts.append(f"{progress.steps_per_s:.1f} steps/s")
+    if progress.time_left_s is not None:
+        parts.append(f"{duration(progress.time_left_s)} left")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """`seconds` as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

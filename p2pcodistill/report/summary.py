@@ -1,0 +1,361 @@
+"""The figures of a run: what `summary.json` holds, the same as a table, and the headline in words.
+
+Three kinds of arms are compared: `codistilled` sites, the same sites each `alone`, and one site with all data `pooled`.
+Losses are final held-out losses. A figure that cannot be told honestly (an arm is missing, a site did not finish, a loss is
+not finite) is None, and `notes` says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from rich import box
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from p2pcodistill.report.history import SiteHistory
+
+Kind: TypeAlias = Literal["codistilled", "alone", "pooled"]
+KINDS: tuple[Kind, ...] = ("codistilled", "alone", "pooled")
+Summary: TypeAlias = dict[str, Any]
+
+HEADLINES = (
+    "gap_closed_ratio",
+    "steps_to_baseline_loss_ratio",
+    "worst_exchange_stall_ratio",
+    "bytes_vs_all_reduce_ratio",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ArmResult:
+    """One arm of a scenario under one seed: what each of its sites went through."""
+
+    name: str
+    kind: Kind
+    seed: int
+    sites: dict[str, SiteHistory]
+
+
+def all_reduce_bytes(num_sites: int, num_parameters: int, num_steps: int) -> int:
+    """Bytes that each of `num_sites` sites would have sent to all-reduce fp32 gradients at every step.
+
+    A ring all-reduce sends 2 (n - 1) / n of the gradient per site; that is the least that any algorithm can do.
+    """
+    return 2 * (num_sites - 1) * num_parameters * 4 * num_steps // num_sites
+
+
+def summarise(
+    scenario_name: str, arms: Sequence[ArmResult], num_steps: int, *, loss_unit: str = "nats/byte"
+) -> Summary:
+    """What `summary.json` holds; JSON without NaN. `num_steps` are the steps of the run, `loss_unit` names that of losses.
+
+    - `gap_closed_ratio`: (alone - codistilled) / (alone - pooled), of final held-out losses, means over sites and seeds.
+      None where pooling gains nothing over being alone.
+    - `steps_to_baseline_loss_ratio`: mean over codistilled sites and seeds of the first evaluated step at which the site is
+      at or below the lone sites' mean final loss (of that seed), divided by `num_steps`; None if a site never gets there.
+    - `worst_exchange_stall_ratio`: the largest share of time that a codistilled site's training spent in exchange.
+    - `bytes_vs_all_reduce_ratio`: bytes that all-reducing fp32 gradients between the sites would have sent, divided by the
+      bytes really sent, envelopes and control messages included.
+    - `final_val_loss`: per kind of arm, the mean over sites and seeds.
+    - `by_seed`: the same figures of each seed. `over_seeds`: mean and half the range of each figure over the seeds; None
+      with one seed.
+    - `arms`: per arm and seed, per site, all that the figures were made of.
+    """
+    seeds = sorted({arm.seed for arm in arms})
+    by_seed = [
+        {"seed": seed} | _headlines([arm for arm in arms if arm.seed == seed], num_steps) for seed in seeds
+    ]
+    summary: Summary = {
+        "scenario": scenario_name,
+        "num_steps": num_steps,
+        "seeds": seeds,
+        "loss_unit": loss_unit,
+    }
+    summary |= _headlines(arms, num_steps)
+    summary["by_seed"] = by_seed
+    summary["over_seeds"] = (
+        {name: _mean_and_half_range([seed[name] for seed in by_seed]) for name in HEADLINES}
+        if len(seeds) > 1
+        else None
+    )
+    summary["arms"] = [_arm_summary(arm, arms, num_steps) for arm in arms]
+    summary["notes"] = _notes(summary, arms, num_steps)
+    return summary
+
+
+def _headlines(arms: Sequence[ArmResult], num_steps: int) -> dict[str, Any]:
+    losses = {kind: _mean_final_loss(arms, kind, num_steps) for kind in KINDS}
+    codistilled = [arm for arm in arms if arm.kind == "codistilled"]
+    to_baseline = [
+        _steps_to_baseline_ratio(history, _baseline_loss(arms, arm.seed, num_steps), num_steps)
+        for arm in codistilled
+        for history in arm.sites.values()
+    ]
+    stalls = [history.exchange_stall_ratio for arm in codistilled for history in arm.sites.values()]
+    known_stalls = [stall for stall in stalls if stall is not None]
+    all_reduced = [
+        _all_reduce_bytes_of(arm, history) for arm in codistilled for history in arm.sites.values()
+    ]
+    sent = sum(history.num_bytes_sent for arm in codistilled for history in arm.sites.values())
+    return {
+        "gap_closed_ratio": _gap_closed(losses),
+        "steps_to_baseline_loss_ratio": _mean(to_baseline),
+        "worst_exchange_stall_ratio": max(known_stalls, default=None),
+        "bytes_vs_all_reduce_ratio": _ratio(_sum(all_reduced), sent),
+        "final_val_loss": losses,
+    }
+
+
+def _gap_closed(losses: Mapping[Kind, float | None]) -> float | None:
+    alone, pooled, codistilled = losses["alone"], losses["pooled"], losses["codistilled"]
+    if alone is None or pooled is None or codistilled is None or alone <= pooled:
+        return None
+    return (alone - codistilled) / (alone - pooled)
+
+
+def _has_finished(history: SiteHistory, num_steps: int) -> bool:
+    # Killed between its last evaluation and the record of its end, a site has still done all that is compared here.
+    return history.finished or (bool(history.evaluations) and history.evaluations[-1][0] >= num_steps)
+
+
+def _mean_final_loss(arms: Iterable[ArmResult], kind: Kind, num_steps: int) -> float | None:
+    histories = [history for arm in arms if arm.kind == kind for history in arm.sites.values()]
+    return _mean([_finite(h.final_val_loss) if _has_finished(h, num_steps) else None for h in histories])
+
+
+def _baseline_loss(arms: Iterable[ArmResult], seed: int, num_steps: int) -> float | None:
+    return _mean_final_loss([arm for arm in arms if arm.seed == seed], "alone", num_steps)
+
+
+def _steps_to_baseline_ratio(
+    history: SiteHistory, baseline_loss: float | None, num_steps: int
+) -> float | None:
+    step = None if baseline_loss is None else history.first_step_at_or_below(baseline_loss)
+    return _ratio(step, num_steps)
+
+
+def _all_reduce_bytes_of(arm: ArmResult, history: SiteHistory) -> int | None:
+    if history.num_parameters is None:
+        return None
+    return all_reduce_bytes(len(arm.sites), history.num_parameters, history.num_steps)
+
+
+def _arm_summary(arm: ArmResult, arms: Sequence[ArmResult], num_steps: int) -> dict[str, Any]:
+    baseline_loss = _baseline_loss(arms, arm.seed, num_steps) if arm.kind == "codistilled" else None
+    return {
+        "name": arm.name,
+        "kind": arm.kind,
+        "seed": arm.seed,
+        "sites": {
+            site: {
+                "final_val_loss": _finite(history.final_val_loss),
+                "num_steps": history.num_steps,
+                "finished": _has_finished(history, num_steps),
+                "steps_to_baseline_loss_ratio": _steps_to_baseline_ratio(history, baseline_loss, num_steps),
+                "bytes_sent": history.num_bytes_sent,
+                "bytes_received": history.num_bytes_received,
+                "bytes_vs_all_reduce_ratio": _ratio(
+                    _all_reduce_bytes_of(arm, history), history.num_bytes_sent
+                ),
+                "num_teacher_swaps": history.num_teacher_swaps,
+                "mean_staleness_steps": history.mean_staleness_steps,
+                "mean_lag_steps": history.mean_lag_steps,
+                "exchange_stall_ratio": history.exchange_stall_ratio,
+                "num_refusals": history.num_refusals,
+                "num_node_starts": history.num_node_starts,
+                "num_group_starts": history.num_group_starts,
+                "steps_per_s": history.steps_per_s,
+                "duration_s": history.duration_s,
+                "num_parameters": history.num_parameters,
+                "precision": history.precision,
+                "device": history.device,
+            }
+            for site, history in arm.sites.items()
+        },
+    }
+
+
+def _notes(summary: Summary, arms: Sequence[ArmResult], num_steps: int) -> list[str]:
+    notes = []
+    for kind in KINDS:
+        for seed in summary["seeds"]:
+            if not any(arm.kind == kind and arm.seed == seed for arm in arms):
+                notes.append(f"There is no {kind} arm{_of_seed(seed, summary)}.")
+    for arm in arms:
+        for site, history in arm.sites.items():
+            name = f"{site} ({arm.name}{_of_seed(arm.seed, summary)})"
+            if not history.evaluations:
+                notes.append(f"{name} was never evaluated.")
+            elif _finite(history.final_val_loss) is None:
+                notes.append(f"{name} diverged: its last held-out loss is not finite.")
+            elif not _has_finished(history, num_steps):
+                notes.append(f"{name} did not finish: it got to step {history.num_steps} of {num_steps}.")
+            if history.num_refusals:
+                notes.append(
+                    f"{name} refused {history.num_refusals} thing(s) that arrived; its events say which and why."
+                )
+    for arm in arms:
+        baseline_loss = _baseline_loss(arms, arm.seed, num_steps)
+        for site, history in arm.sites.items():
+            never = baseline_loss is not None and history.first_step_at_or_below(baseline_loss) is None
+            if arm.kind == "codistilled" and never:
+                notes.append(
+                    f"{site} ({arm.name}{_of_seed(arm.seed, summary)}) never reached the lone sites' final loss."
+                )
+    losses = summary["final_val_loss"]
+    if losses["alone"] is not None and losses["pooled"] is not None and losses["alone"] <= losses["pooled"]:
+        notes.append(
+            "Pooling the data gained nothing over being alone: there is no gap that could be closed."
+        )
+    return notes
+
+
+def _of_seed(seed: int, summary: Summary) -> str:
+    return f", seed {seed}" if len(summary["seeds"]) > 1 else ""
+
+
+# --- in words and as a table -------------------------------------------------------------------------------------
+
+
+def headline(summary: Summary) -> str:
+    """The outcome in a few plain sentences, whatever it was."""
+    losses, unit = summary["final_val_loss"], summary["loss_unit"]
+    names = {
+        "codistilled": "codistilled sites",
+        "alone": "sites alone",
+        "pooled": "one site with all data pooled",
+    }
+    told = [f"{names[kind]} at {losses[kind]:.3f}" for kind in KINDS if losses[kind] is not None]
+    if not told:
+        return "No arm has finished: there is nothing to compare yet."
+    sentences = [f"Held-out losses end, in {unit}: {', '.join(told)}."]
+    over_seeds = summary["over_seeds"] or {}
+    if (gap := summary["gap_closed_ratio"]) is not None:
+        sentences.append(_gap_sentence(gap, over_seeds.get("gap_closed_ratio"), len(summary["seeds"])))
+    elif losses["codistilled"] is None or losses["alone"] is None or losses["pooled"] is None:
+        sentences.append("How much of the gap is closed cannot be told: an arm is missing or did not finish.")
+    else:
+        sentences.append("Pooling the data gained nothing here, so there was no gap to close.")
+    if (to_baseline := summary["steps_to_baseline_loss_ratio"]) is not None:
+        spread = _plus_minus(over_seeds.get("steps_to_baseline_loss_ratio"), 1, 2)
+        sentences.append(
+            f"The lone sites' final loss is reached after {to_baseline:.2f}{spread} of the steps."
+        )
+    elif losses["codistilled"] is not None and losses["alone"] is not None:
+        sentences.append("Not every codistilled site reached the lone sites' final loss.")
+    return " ".join(sentences)
+
+
+def _gap_sentence(gap: float, over_seeds: Mapping[str, float] | None, num_seeds: int) -> str:
+    if gap < 0:
+        return "Codistillation made it worse than being alone: no part of the gap is closed."
+    percent = (
+        f"{100 * gap:.0f}{_plus_minus(over_seeds, 100, 0)} % of the gap between alone and pooled is closed"
+    )
+    seeds = f" (mean of {num_seeds} seeds ± half their range)" if over_seeds else ""
+    return f"{percent}{seeds}, without moving a byte of training data."
+
+
+def _plus_minus(over_seeds: Mapping[str, float] | None, factor: float, num_digits: int) -> str:
+    return f" ± {factor * over_seeds['half_range']:.{num_digits}f}" if over_seeds else ""
+
+
+ABSENT = "–"
+
+
+def number(value: float | None, num_digits: int = 0) -> str:
+    """`value` with `num_digits` decimals, or a dash for None."""
+    return ABSENT if value is None else f"{value:.{num_digits}f}"
+
+
+def percent(ratio: float | None, num_digits: int = 0) -> str:
+    """`ratio` as a percentage, or a dash for None."""
+    return ABSENT if ratio is None else f"{100 * ratio:.{num_digits}f} %"
+
+
+def byte_count(num_bytes: int) -> str:
+    """`num_bytes` in decimal units with one decimal, or a dash for none."""
+    return decimal(num_bytes).replace("bytes", "B") if num_bytes else ABSENT
+
+
+def table(summary: Summary) -> Table:
+    """A line per arm and site, legible at 100 columns; the headline is the caption."""
+    many_seeds = len(summary["seeds"]) > 1
+    result = Table(
+        title=f"{summary['scenario']}: {summary['num_steps']} steps",
+        caption=Text(headline(summary)),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    # Names give way where the width does not do, numbers never.
+    result.add_column("arm", overflow="fold")
+    if many_seeds:
+        result.add_column("seed", justify="right")
+    result.add_column("site", overflow="fold")
+    for heading in (
+        f"held-out\n{summary['loss_unit']}",
+        "lone loss\nreached at",
+        "\nswaps",
+        "stale\nsteps",
+        "\nstall",
+        "\nsent",
+        "\nreceived",
+        "\nsteps/s",
+    ):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for arm in summary["arms"]:
+        for index, (site, values) in enumerate(arm["sites"].items()):
+            swaps = values["num_teacher_swaps"]
+            unfinished = "" if values["finished"] else "*"
+            result.add_row(
+                arm["name"] if index == 0 else "",
+                *([str(arm["seed"])] if many_seeds else []),
+                Text(site + unfinished),
+                number(values["final_val_loss"], 3),
+                percent(values["steps_to_baseline_loss_ratio"]),
+                str(swaps) if swaps else ABSENT,
+                number(values["mean_staleness_steps"], 1),
+                percent(values["exchange_stall_ratio"], 2) if swaps else ABSENT,
+                byte_count(values["bytes_sent"]),
+                byte_count(values["bytes_received"]),
+                number(values["steps_per_s"], 1),
+                end_section=index == len(arm["sites"]) - 1,
+            )
+    if any(not site["finished"] for arm in summary["arms"] for site in arm["sites"].values()):
+        result.caption = Text(f"* did not finish. {headline(summary)}")
+    return result
+
+
+# --- arithmetic that passes None on --------------------------------------------------------------------------------
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    total = _sum(values)
+    return None if total is None else total / len(values)
+
+
+def _ratio(numerator: float | None, denominator: float) -> float | None:
+    return numerator / denominator if numerator is not None and denominator else None
+
+
+def _mean_and_half_range(values: Sequence[float | None]) -> dict[str, float] | None:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    return {"mean": sum(known) / len(known), "half_range": (max(known) - min(known)) / 2}

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from p2pcodistill.report.history import SiteHistory
+from p2pcodistill.report.summary import ArmResult, all_reduce_bytes, headline, summarise, table
+
+
+def site(*evaluations: tuple[int, float], finished: bool = True, **fields) -> SiteHistory:
+    return SiteHistory(
+        evaluations=list(evaluations), num_steps=evaluations[-1][0], finished=finished, **fields
+    )
+
+
+def arms_of(codistilled, alone, pooled, seed: int = 0) -> list[ArmResult]:
+    return [
+        ArmResult("codistilled", "codistilled", seed, dict(codistilled)),
+        ArmResult("alone", "alone", seed, dict(alone)),
+        ArmResult("pooled", "pooled", seed, {"pooled": pooled}),
+    ]
+
+
+def simple_arms(
+    berlin: float = 1.1, tokyo: float = 1.3, pooled: float = 1.0, seed: int = 0
+) -> list[ArmResult]:
+    """Lone sites end at 1.9 and 2.1: their mean is 2.0."""
+    return arms_of(
+        {"berlin": site((50, 2.5), (100, berlin)), "tokyo": site((50, 1.9), (100, tokyo))},
+        {"berlin": site((50, 3.0), (100, 1.9)), "tokyo": site((50, 3.0), (100, 2.1))},
+        site((50, 3.0), (100, pooled)),
+        seed,
+    )
+
+
+def test_headlines_by_hand():
+    summary = summarise("pair", simple_arms(), 100)
+    assert summary["final_val_loss"] == {
+        "codistilled": pytest.approx(1.2),
+        "alone": pytest.approx(2.0),
+        "pooled": 1.0,
+    }
+    assert summary["gap_closed_ratio"] == pytest.approx(0.8)
+    assert summary["steps_to_baseline_loss_ratio"] == pytest.approx((1.0 + 0.5) / 2)
+    sites = summary["arms"][0]["sites"]
+    assert [sites[name]["steps_to_baseline_loss_ratio"] for name in ("berlin", "tokyo")] == [1.0, 0.5]
+    assert summary["over_seeds"] is None
+    assert summary["notes"] == []
+
+
+def test_the_summary_of_a_whole_run_is_strict_json_and_complete(make_arms):
+    summary = json.loads(json.dumps(summarise("pair", make_arms(), 2000), allow_nan=False))
+    assert (summary["scenario"], summary["num_steps"], summary["seeds"]) == ("pair", 2000, [0])
+    assert summary["gap_closed_ratio"] == pytest.approx((1.601 - 1.485) / (1.601 - 1.479))
+    assert summary["steps_to_baseline_loss_ratio"] < 1
+    assert 0 < summary["worst_exchange_stall_ratio"] < 0.02
+    assert [(arm["kind"], list(arm["sites"])) for arm in summary["arms"]] == [
+        ("codistilled", ["berlin", "tokyo"]),
+        ("alone", ["berlin", "tokyo"]),
+        ("pooled", ["pooled"]),
+    ]
+    berlin = summary["arms"][0]["sites"]["berlin"]
+    assert berlin["num_steps"] == 2000 and berlin["finished"]
+    assert berlin["bytes_sent"] == 40 * 1_612_000
+    assert berlin["bytes_vs_all_reduce_ratio"] == pytest.approx(940_000 * 4 * 2000 / berlin["bytes_sent"])
+    assert berlin["num_teacher_swaps"] == 39
+    assert (berlin["num_parameters"], berlin["device"], berlin["precision"]) == (940_000, "cpu", "float32")
+    assert berlin["mean_staleness_steps"] > 0 and berlin["mean_lag_steps"] > 0
+    lone = summary["arms"][1]["sites"]["berlin"]
+    assert lone["bytes_vs_all_reduce_ratio"] is None
+    assert lone["mean_staleness_steps"] is None
+    assert lone["steps_to_baseline_loss_ratio"] is None
+
+
+@pytest.mark.parametrize(("num_sites", "expected"), [(1, 0), (2, 4_000), (4, 6_000)])
+def test_all_reduce_bytes(num_sites, expected):
+    assert all_reduce_bytes(num_sites, num_parameters=100, num_steps=10) == expected
+
+
+@pytest.mark.parametrize("missing", ["codistilled", "alone", "pooled"])
+def test_a_missing_arm_leaves_the_gap_untold(missing):
+    summary = summarise("pair", [arm for arm in simple_arms() if arm.kind != missing], 100)
+    assert summary["gap_closed_ratio"] is None
+    assert f"There is no {missing} arm." in summary["notes"]
+    assert "cannot be told" in headline(summary)
+
+
+def test_a_site_that_did_not_finish_leaves_the_gap_untold():
+    arms = simple_arms()
+    arms[1].sites["tokyo"] = site((50, 1.5), finished=False)
+    summary = summarise("pair", arms, 100)
+    assert summary["gap_closed_ratio"] is None
+    assert summary["steps_to_baseline_loss_ratio"] is None
+    assert "tokyo (alone) did not finish: it got to step 50 of 100." in summary["notes"]
+    assert summary["arms"][1]["sites"]["tokyo"]["final_val_loss"] == 1.5
+
+
+def test_an_evaluation_at_the_last_step_counts_as_finished():
+    arms = simple_arms()
+    arms[1].sites["tokyo"] = site((100, 2.1), finished=False)
+    assert summarise("pair", arms, 100)["gap_closed_ratio"] == pytest.approx(0.8)
+
+
+def test_a_loss_that_is_not_finite_is_told_and_never_reaches_the_json():
+    arms = simple_arms(berlin=math.nan)
+    summary = summarise("pair", arms, 100)
+    json.dumps(summary, allow_nan=False)
+    assert summary["gap_closed_ratio"] is None
+    assert any("berlin (codistilled) diverged" in note for note in summary["notes"])
+
+
+@pytest.mark.parametrize("pooled", [2.0, 2.5])
+def test_without_a_gap_there_is_no_ratio(pooled):
+    summary = summarise("pair", simple_arms(pooled=pooled), 100)
+    assert summary["gap_closed_ratio"] is None
+    assert any("no gap that could be closed" in note for note in summary["notes"])
+    assert "no gap to close" in headline(summary)
+
+
+def test_a_site_that_never_reaches_the_lone_loss_makes_the_mean_null():
+    summary = summarise("pair", simple_arms(berlin=2.4), 100)
+    assert summary["steps_to_baseline_loss_ratio"] is None
+    assert summary["arms"][0]["sites"]["tokyo"]["steps_to_baseline_loss_ratio"] == 0.5
+    assert any("berlin (codistilled) never reached" in note for note in summary["notes"])
+    assert "Not every codistilled site reached" in headline(summary)
+
+
+def test_a_codistilled_arm_that_is_worse_is_called_worse():
+    summary = summarise("pair", simple_arms(berlin=3.0, tokyo=3.0), 100)
+    assert summary["gap_closed_ratio"] == pytest.approx(-1.0)
+    assert "worse than being alone" in headline(summary)
+
+
+def test_several_seeds_give_mean_and_half_the_range():
+    arms = simple_arms(seed=0) + simple_arms(berlin=1.3, tokyo=1.5, seed=1)
+    summary = summarise("pair", arms, 100)
+    assert summary["seeds"] == [0, 1]
+    assert [seed["gap_closed_ratio"] for seed in summary["by_seed"]] == [
+        pytest.approx(0.8),
+        pytest.approx(0.6),
+    ]
+    assert summary["gap_closed_ratio"] == pytest.approx(0.7)
+    assert summary["over_seeds"]["gap_closed_ratio"] == {
+        "mean": pytest.approx(0.7),
+        "half_range": pytest.approx(0.1),
+    }
+    assert "70 ± 10 % of the gap" in headline(summary)
+    assert "mean of 2 seeds" in headline(summary)
+
+
+def test_the_baseline_is_that_of_the_same_seed():
+    easy = simple_arms(seed=1)
+    easy[1] = ArmResult("alone", "alone", 1, {"berlin": site((100, 2.6)), "tokyo": site((100, 2.6))})
+    sites = [
+        arm["sites"]
+        for arm in summarise("pair", simple_arms() + easy, 100)["arms"]
+        if arm["kind"] == "codistilled"
+    ]
+    assert sites[0]["berlin"]["steps_to_baseline_loss_ratio"] == 1.0
+    assert sites[1]["berlin"]["steps_to_baseline_loss_ratio"] == 0.5
+
+
+def test_a_seed_that_failed_leaves_the_spread_untold():
+    arms = simple_arms(seed=0) + simple_arms(seed=1)[:2]
+    summary = summarise("pair", arms, 100)
+    assert summary["over_seeds"]["gap_closed_ratio"] is None
+    assert "There is no pooled arm, seed 1." in summary["notes"]
+    assert headline(summary).startswith("Held-out losses end")
+
+
+def test_refusals_are_noted():
+    arms = simple_arms()
+    arms[0].sites["berlin"].num_refusals = 3
+    assert any("berlin (codistilled) refused 3" in note for note in summarise("pair", arms, 100)["notes"])
+
+
+def test_the_headline_of_a_good_run(make_arms):
+    assert headline(summarise("pair", make_arms(), 2000)) == (
+        "Held-out losses end, in nats/byte: codistilled sites at 1.485, sites alone at 1.601, one site with all data pooled "
+        "at 1.479. 95 % of the gap between alone and pooled is closed, without moving a byte of training data. "
+        "The lone sites' final loss is reached after 0.65 of the steps."
+    )
+
+
+def test_the_headline_of_nothing():
+    assert "nothing to compare" in headline(summarise("pair", [], 100))
+
+
+def rendered(summary, width: int = 100) -> list[str]:
+    console = Console(width=width, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(table(summary))
+    return capture.get().splitlines()
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_the_table_is_legible_at_100_columns(make_arms, seeds):
+    lines = rendered(summarise("pair", make_arms(seeds=seeds), 2000))
+    assert max(map(len, lines)) <= 100
+    assert not any("…" in line for line in lines)
+    text = "\n".join(lines)
+    assert "1.473" in text and "64.5 MB" in text and "95" in text
+    assert sum("berlin" in line for line in lines) == 2 * len(seeds)
+
+
+def test_the_table_marks_what_did_not_finish():
+    arms = simple_arms()
+    arms[1].sites["tokyo"] = site((50, 1.5), finished=False)
+    text = "\n".join(rendered(summarise("pair", arms, 100)))
+    assert "tokyo*" in text and "* did not finish" in text
