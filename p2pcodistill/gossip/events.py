@@ -1,0 +1,206 @@
+"""What goes into the protocol (events, past tense) and what comes out of it (actions, imperative).
+
+The node feeds events to `gossip.protocol.Gossip.handle` one by one and carries out the actions that it gets back, in
+order, before it feeds the next. `peer` is always the member name of the key that the transport authenticated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from p2pcodistill import telemetry
+from p2pcodistill.checkpoint.manifest import SignedManifest
+from p2pcodistill.gossip.messages import Lane, Message, Payload, encode_message, lane_of
+
+# --- events ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PeerOpened:
+    """The transport has a session with `peer`: both lanes are there."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerClosed:
+    """The session with `peer` is over; whatever was under way in it is lost."""
+
+    peer: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadReceived:
+    """`peer` sent this within the current session."""
+
+    peer: str
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class FramePublished:
+    """This site's checkpoint is signed and in the store."""
+
+    signed: SignedManifest
+
+
+@dataclass(frozen=True, slots=True)
+class FetchBegun:
+    """The store has a place for the frame of a `BeginFetch`; `present` are the chunks that are there, verified."""
+
+    frame_id: str
+    present: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class FrameStored:
+    """The frame of a `CompleteFrame` is durably in the store."""
+
+    frame_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class FetchRefused:
+    """The store does not take the frame of a `BeginFetch`, or not to its end. `reason` and `why` as in a refusal."""
+
+    frame_id: str
+    reason: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFinished:
+    """This site's training is over: it learns from nobody any more. It goes on serving."""
+
+
+@dataclass(frozen=True, slots=True)
+class IncarnationRaised:
+    """The node began a new incarnation of its own accord, as it does when it restarts its group."""
+
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time has passed; fed about once a second, so that stalled requests are noticed."""
+
+
+Event: TypeAlias = (
+    PeerOpened
+    | PeerClosed
+    | PayloadReceived
+    | FramePublished
+    | FetchBegun
+    | FrameStored
+    | FetchRefused
+    | TrainingFinished
+    | IncarnationRaised
+    | Ticked
+)
+
+# --- actions -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SendPayload:
+    """Send this to `peer`.
+
+    Obligation: a session delivers control payloads all and in order, or ends (a control payload that cannot be
+    queued is a reason to close the session). Bulk may be dropped: it is asked for again.
+    """
+
+    peer: str
+    lane: Lane
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class BeginFetch:
+    """Open or continue the partial frame of this manifest in the store, then feed `FetchBegun` (or `FetchRefused`)."""
+
+    signed: SignedManifest
+
+
+@dataclass(frozen=True, slots=True)
+class StoreChunk:
+    """Write a chunk whose hash was verified."""
+
+    frame_id: str
+    index: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CompleteFrame:
+    """All chunks were handed over: make the frame durable, then feed `FrameStored`."""
+
+    frame_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AbandonFrame:
+    """Drop a partial frame; nothing more will be said about it."""
+
+    frame_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServeChunk:
+    """Read a chunk and send it to `peer` as `Chunk`; when the frame is no longer there, send `Gone` instead."""
+
+    peer: str
+    frame_id: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class PinSchema:
+    """Remember that checkpoints of `origin` have this schema, across restarts."""
+
+    origin: str
+    schema_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RaiseIncarnation:
+    """Neighbours know of a past life of this site: save this incarnation, and publish under it from now on.
+
+    Obligation: the newest own frame, if there is one, is signed again under it and fed as `FramePublished`.
+    """
+
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class OfferFrame:
+    """Hand this complete, verified frame to the group as a teacher."""
+
+    signed: SignedManifest
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Tell telemetry."""
+
+    event: telemetry.Event
+
+
+Action: TypeAlias = (
+    SendPayload
+    | BeginFetch
+    | StoreChunk
+    | CompleteFrame
+    | AbandonFrame
+    | ServeChunk
+    | PinSchema
+    | RaiseIncarnation
+    | OfferFrame
+    | Report
+)
+
+
+def send(peer: str, message: Message) -> SendPayload:
+    """The action that sends `message` on its lane."""
+    return SendPayload(peer, lane_of(message), encode_message(message))

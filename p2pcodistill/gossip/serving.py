@@ -1,0 +1,76 @@
+"""What this site holds for others to fetch, and who is in the middle of fetching it.
+
+A frame that a peer has begun to fetch must stay, however slowly it travels: a newer one that replaced it under the
+peer's hands would never arrive over a slow link. So a reader keeps the frame that it wanted last until it wants
+another frame of the same origin, or has been away for a while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from p2pcodistill.checkpoint.manifest import SignedManifest
+from p2pcodistill.errors import MalformedError
+from p2pcodistill.gossip.messages import Want
+
+READER_GRACE_S = 60.0
+"""How long a frame is kept for a reader whose session has closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    origin: str
+    num_chunks: int
+
+
+@dataclass(slots=True)
+class _Reader:
+    frame_id: str
+    closed_s: float | None = None
+
+    def is_reading(self, now_s: float) -> bool:
+        return self.closed_s is None or now_s - self.closed_s < READER_GRACE_S
+
+
+class Serving:
+    """The frames that can be wanted of this site: the newest of each origin, and those still being read.
+
+    It does not know what the store pruned; the node answers for a frame that is no longer there.
+    """
+
+    def __init__(self, held: Iterable[SignedManifest]) -> None:
+        self._held: dict[str, _Held] = {}
+        self._newest: dict[str, str] = {}
+        self._readers: dict[tuple[str, str], _Reader] = {}
+        for signed in held:
+            self.hold(signed, now_s=0.0)
+
+    def hold(self, signed: SignedManifest, now_s: float) -> None:
+        """A complete frame is in the store, the newest of its origin."""
+        frame_id, manifest = signed.frame_id, signed.manifest
+        self._held[frame_id] = _Held(manifest.origin, manifest.num_chunks)
+        self._newest[manifest.origin] = frame_id
+        self._readers = {key: reader for key, reader in self._readers.items() if reader.is_reading(now_s)}
+        kept = (*self._newest.values(), *self.in_use(now_s))
+        self._held = {frame_id: held for frame_id, held in self._held.items() if frame_id in kept}
+
+    def want(self, peer: str, want: Want) -> bool:
+        """Whether what `peer` wants can be served. Raises MalformedError for chunks that the frame does not have."""
+        held = self._held.get(want.frame_id)
+        if held is None:
+            return False
+        if want.indices[-1] >= held.num_chunks:
+            raise MalformedError(f"{peer} wants chunk {want.indices[-1]} of a frame with {held.num_chunks}")
+        self._readers[peer, held.origin] = _Reader(want.frame_id)
+        return True
+
+    def close(self, peer: str, now_s: float) -> None:
+        """The session with `peer` is over."""
+        for (reader_peer, _), reader in self._readers.items():
+            if reader_peer == peer and reader.closed_s is None:
+                reader.closed_s = now_s
+
+    def in_use(self, now_s: float) -> tuple[str, ...]:
+        """The frames that peers are in the middle of fetching, as far as is known here."""
+        return tuple(reader.frame_id for reader in self._readers.values() if reader.is_reading(now_s))
