@@ -1,0 +1,236 @@
+"""Codistillation as a training loop sees it: one loss term, and one call after each update.
+
+    loss = criterion(logits, targets) + codistiller.loss(logits, inputs)
+    loss.backward(); optimizer.step()
+    codistiller.step()
+
+This is Algorithm 1 of Anil et al. 2018: after burn-in the student also agrees with the mean prediction of its neighbours'
+last checkpoints. Nothing here waits for a neighbour: a snapshot is copied, a decoded checkpoint is swapped in, and every
+rank of the group does both at the same step.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from p2pcodistill.checkpoint.frames import DecodedFrame
+from p2pcodistill.checkpoint.snapshot import take_snapshot
+from p2pcodistill.codistill.agreement import Agreement, Vote
+from p2pcodistill.codistill.exchange import Exchange, Inbox, Offer
+from p2pcodistill.codistill.losses import distillation_loss
+from p2pcodistill.codistill.schedule import agreement_is_due, distillation_weight, exchange_is_due
+from p2pcodistill.codistill.teachers import Forward, TeacherBank, forward_stateless, unwrap
+from p2pcodistill.config import CodistillationConfig
+from p2pcodistill.errors import RefusedError
+from p2pcodistill.telemetry import Event, TeacherRefused, TeacherSwapped
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A checkpoint on its way to become a teacher; every rank has the same ones."""
+
+    offer: Offer
+    frame: Future[DecodedFrame]
+    refusal: Exception | None = None
+
+
+class Codistiller:
+    """One student's side of codistillation. Create it with `p2pcodistill.join(model)`.
+
+    Every rank of a group has one, and calls `step` after every update and `load_state_dict` at the same points.
+    `exchange` is None for a student on its own. `teachers` maps each neighbour that teaches this student to its weight.
+    `forward` runs the model for stateful teachers (see `teachers.Forward`). `process_group` is a gloo group of all ranks;
+    by default one is made where torch.distributed is initialised with more than one rank.
+
+    Memory: one copy of the model a teacher; while a checkpoint arrives, one more on the host.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: CodistillationConfig,
+        *,
+        exchange: Exchange | None,
+        teachers: Mapping[str, float],
+        forward: Forward | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        has_ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if process_group is None and exchange is not None and has_ranks:
+            process_group = dist.new_group(backend="gloo")
+        self._model = unwrap(model)
+        self._config = config
+        self._exchange = exchange
+        self._bank = TeacherBank(self._model, teachers if exchange else {}, forward or forward_stateless)
+        self._is_lead = process_group is None or dist.get_rank(process_group) == 0
+        self._agreement = Agreement(list(self._bank.teachers), process_group)
+        self._candidates: dict[str, _Candidate] = {}
+        # Per teacher, the newest version that was swapped in or refused: only newer ones are taken up.
+        self._settled: dict[str, tuple[int, int]] = {}
+        self._num_steps = 0
+        self._published_step: int | None = None
+        self._stop_requested = False
+        self._last_distillation_loss: Tensor | None = None
+        self.exchange_s = 0.0
+        """Seconds that the training thread has spent in exchange: copying snapshots, agreeing, swapping."""
+
+    @property
+    def num_steps(self) -> int:
+        """Completed updates."""
+        return self._num_steps
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the ranks have agreed to stop after this step, because the node asked for it."""
+        return self._stop_requested
+
+    @property
+    def teacher_versions(self) -> dict[str, tuple[int, int]]:
+        """(incarnation, step) of each teacher in use; the same on every rank."""
+        teachers = self._bank.teachers
+        return {name: teacher.version for name, teacher in teachers.items() if teacher.version is not None}
+
+    @property
+    def last_distillation_loss(self) -> Tensor | None:
+        """The last batch's psi, unweighted and detached; None in burn-in and without teachers."""
+        return self._last_distillation_loss
+
+    def loss(self, logits: Tensor, inputs: Any) -> Tensor:
+        """The term to add to the loss of this batch: weight * psi (Anil et al. 2018, Algorithm 1); a float32 scalar.
+
+        `logits` are the student's, classes last; `inputs` are what `forward` takes. The teachers run here, under the
+        autocast that is on. It is 0 in burn-in and while there is no teacher.
+        """
+        weight = distillation_weight(self._config, self._num_steps)
+        if weight == 0 or not self._bank.present:
+            self._last_distillation_loss = None
+            return logits.new_zeros((), dtype=torch.float32)
+        teacher_logits, teacher_weights = self._bank.predict(inputs)
+        psi = distillation_loss(
+            logits,
+            teacher_logits,
+            teacher_weights,
+            loss=self._config.loss,
+            aggregation=self._config.aggregation,
+            temperature=self._config.temperature,
+        )
+        self._last_distillation_loss = psi.detach()
+        return weight * psi
+
+    def step(self) -> None:
+        """Call after every update, on every rank: publishes a snapshot, votes and swaps teachers when it is time."""
+        self._num_steps += 1
+        if self._exchange is None:
+            return
+        start_s = time.perf_counter()
+        self._conclude_round()
+        if exchange_is_due(self._config, self._num_steps):
+            self._publish()
+        if agreement_is_due(self._config, self._num_steps):
+            self._begin_round()
+        self.exchange_s += time.perf_counter() - start_s
+
+    def publish(self) -> None:
+        """Publish the student as it is now, unless `step` has just done it: at the end of training."""
+        if self._exchange is None:
+            return
+        start_s = time.perf_counter()
+        self._publish()
+        self.exchange_s += time.perf_counter() - start_s
+
+    def report(self, event: Event) -> None:
+        """Add an event to the site's log; does nothing on ranks other than 0 and without a node."""
+        if self._exchange is not None:
+            self._exchange.report(event)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of a training checkpoint: steps, versions and carried states of the teachers.
+
+        Plain data and tensors. The teachers' weights are not in it: the node's store has them.
+        """
+        return {
+            "num_steps": self._num_steps,
+            "exchange_s": self.exchange_s,
+            "teachers": self._bank.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, on every rank at once: waits until the checkpoints that the node holds are teachers."""
+        self._num_steps = state["num_steps"]
+        self.exchange_s = state["exchange_s"]
+        self._bank.load_state_dict(state["teachers"])
+        if self._exchange is None or not state["teachers"]:
+            return
+        self._conclude_round()
+        self._begin_round()
+        self._conclude_round()
+        concurrent.futures.wait([candidate.frame for candidate in self._candidates.values()])
+        self._begin_round()
+        self._conclude_round()
+
+    def close(self) -> None:
+        """Hand over what was published and end the exchange. Safe to call twice."""
+        if self._exchange is not None:
+            self._exchange.close()
+
+    def _publish(self) -> None:
+        if self._exchange is not None and self._is_lead and self._published_step != self._num_steps:
+            self._exchange.publish(take_snapshot(self._model, self._num_steps))
+            self._published_step = self._num_steps
+
+    def _begin_round(self) -> None:
+        assert self._exchange is not None
+        inbox = self._exchange.inbox() if self._is_lead else Inbox()
+        self._agreement.propose(inbox, {name: self._vote(name) for name in self._bank.teachers})
+
+    def _vote(self, name: str) -> Vote:
+        candidate = self._candidates.get(name)
+        if candidate is None or not candidate.frame.done():
+            return Vote.WAIT
+        try:
+            self._bank.check(candidate.frame.result())
+        except FileNotFoundError:
+            return Vote.GONE
+        except Exception as error:  # whatever a frame from outside provokes, training goes on
+            candidate.refusal = error
+            return Vote.REFUSE
+        return Vote.READY
+
+    def _conclude_round(self) -> None:
+        decision = self._agreement.conclude()
+        if decision is None or self._exchange is None:
+            return
+        for name, vote in decision.votes.items():
+            if vote is not Vote.WAIT:
+                candidate = self._candidates.pop(name)
+                self._settled[name] = candidate.offer.version
+                self._settle(candidate, vote)
+        for name, offer in decision.inbox.offers.items():
+            if name not in self._candidates and offer.version > self._settled.get(name, (-1, -1)):
+                self._candidates[name] = _Candidate(offer, self._exchange.prepare(offer))
+        self._stop_requested = self._stop_requested or decision.inbox.stop_requested
+
+    def _settle(self, candidate: _Candidate, vote: Vote) -> None:
+        offer = candidate.offer
+        event: Event
+        if vote is Vote.READY:
+            self._bank.load(offer.teacher, candidate.frame.result(), offer.version)
+            event = TeacherSwapped(self._num_steps, offer.teacher, offer.incarnation, offer.step)
+        elif vote is Vote.REFUSE:
+            refusal = candidate.refusal or RefusedError("another rank refused it")
+            reason = refusal.reason if isinstance(refusal, RefusedError) else "unreadable"
+            event = TeacherRefused(
+                self._num_steps, offer.teacher, offer.incarnation, offer.step, reason, str(refusal)
+            )
+        else:
+            return
+        self.report(event)

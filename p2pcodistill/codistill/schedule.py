@@ -1,0 +1,26 @@
+"""When the student learns from its teachers, and when it publishes (Anil et al. 2018, Algorithm 1).
+
+`num_steps` is always the number of updates that are complete.
+"""
+
+from __future__ import annotations
+
+from p2pcodistill.config import CodistillationConfig
+
+
+def distillation_weight(config: CodistillationConfig, num_steps: int) -> float:
+    """Factor of the distillation loss in the update after `num_steps`: 0 in burn-in, then ramped up to `weight`."""
+    num_steps_after_burn_in = num_steps + 1 - config.burn_in_steps
+    if num_steps_after_burn_in <= 0:
+        return 0.0
+    return config.weight * min(1.0, num_steps_after_burn_in / max(1, config.ramp_steps))
+
+
+def exchange_is_due(config: CodistillationConfig, num_steps: int) -> bool:
+    """Whether the student is to be published after `num_steps`."""
+    return num_steps > 0 and num_steps % config.exchange_interval_steps == 0
+
+
+def agreement_is_due(config: CodistillationConfig, num_steps: int) -> bool:
+    """Whether the ranks are to begin a vote on new teachers and on stopping after `num_steps`."""
+    return num_steps % config.agreement_interval_steps == 0

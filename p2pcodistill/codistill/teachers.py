@@ -1,0 +1,142 @@
+"""The teacher bank: one frozen, stale copy of the model for each neighbour.
+
+A slot is a copy of the student's module that is loaded in place from a neighbour's checkpoint, buffers included, and runs
+in eval mode without gradients: a teacher that trains its batch statistics, or keeps its own, is another model than the one
+that was checkpointed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.nn.parallel import DistributedDataParallel
+
+from p2pcodistill.checkpoint.frames import DecodedFrame
+from p2pcodistill.checkpoint.snapshot import take_snapshot
+from p2pcodistill.errors import SchemaMismatchError
+
+State: TypeAlias = Any
+"""What a model carries from one batch to the next: tensors in tuples, lists and dicts, or None."""
+
+Forward: TypeAlias = Callable[[nn.Module, Any, State], tuple[Tensor, State]]
+"""(model, inputs, state) -> (logits, next state); the state is None at first."""
+
+
+def forward_stateless(model: nn.Module, inputs: Any, state: State) -> tuple[Tensor, State]:
+    """The default `Forward`: the logits of `model(*inputs)` for a tuple, else of `model(inputs)`; no state."""
+    logits: Tensor = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    return logits, None
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], state: State) -> State:
+    """`state` with `function` applied to every tensor in it."""
+    if isinstance(state, Tensor):
+        return function(state)
+    if isinstance(state, Mapping):
+        return {key: map_tensors(function, value) for key, value in state.items()}
+    if isinstance(state, tuple | list):
+        return type(state)(map_tensors(function, value) for value in state)
+    return state
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside of DDP and `torch.compile`."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+@dataclass(slots=True)
+class Teacher:
+    """One slot of the bank. `version` is (incarnation, step), None while nothing was loaded."""
+
+    module: nn.Module
+    weight: float
+    version: tuple[int, int] | None = None
+    state: State = field(default=None, repr=False)
+
+
+class TeacherBank:
+    """The teachers of one student, by name. `weights` are positive, and normalised over the teachers present."""
+
+    def __init__(self, student: nn.Module, weights: Mapping[str, float], forward: Forward) -> None:
+        self._forward = forward
+        student = unwrap(student)
+        self._device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
+        snapshot = take_snapshot(student, 0) if weights else None
+        self._schema_hash = snapshot.schema_hash if snapshot else b""
+        self._shapes = {name: t.shape for name, t in snapshot.tensors.items()} if snapshot else {}
+        self.teachers = {name: Teacher(_frozen_copy(student), weight) for name, weight in weights.items()}
+
+    @property
+    def present(self) -> Sequence[Teacher]:
+        """The teachers that have a checkpoint, in the order of the weights."""
+        return [teacher for teacher in self.teachers.values() if teacher.version is not None]
+
+    def check(self, frame: DecodedFrame) -> None:
+        """Raise SchemaMismatchError unless names, shapes, dtypes and ties are the student's."""
+        if frame.schema_hash == self._schema_hash:
+            return
+        shapes = {name: tensor.shape for name, tensor in frame.tensors.items()}
+        for name in sorted(shapes.keys() | self._shapes.keys()):
+            theirs, ours = shapes.get(name), self._shapes.get(name)
+            if theirs != ours:
+                raise SchemaMismatchError(
+                    f"the tensor {name!r} is {_shape(theirs)} there and {_shape(ours)} here"
+                )
+        raise SchemaMismatchError("dtypes or ties of the tensors differ from this site's model")
+
+    def load(self, name: str, frame: DecodedFrame, version: tuple[int, int]) -> None:
+        """Make a checked frame the weights of the teacher `name`, cast to its dtypes; its carried state stays."""
+        teacher = self.teachers[name]
+        targets = cast(Mapping[str, Tensor], get_model_state_dict(teacher.module))
+        with torch.no_grad():
+            for tensor_name, tensor in frame.tensors.items():
+                targets[tensor_name].copy_(tensor, non_blocking=True)
+        teacher.version = version
+
+    @torch.no_grad()
+    def predict(self, inputs: Any) -> tuple[list[Tensor], list[float]]:
+        """Logits of the teachers present and their weights, which add up to 1. Advances their carried states."""
+        logits = []
+        for teacher in self.present:
+            teacher_logits, teacher.state = self._forward(teacher.module, inputs, teacher.state)
+            logits.append(teacher_logits)
+        total = sum(teacher.weight for teacher in self.present)
+        return logits, [teacher.weight / total for teacher in self.present]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Versions and carried states; the weights themselves are in the node's store."""
+        return {
+            name: {"version": list(teacher.version), "state": teacher.state}
+            for name, teacher in self.teachers.items()
+            if teacher.version is not None
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take over the carried states of teachers that are still neighbours; the weights have to be loaded anew."""
+        for name, teacher in self.teachers.items():
+            if name in saved:
+                teacher.state = map_tensors(lambda tensor: tensor.to(self._device), saved[name]["state"])
+
+
+def _frozen_copy(student: nn.Module) -> nn.Module:
+    module = copy.deepcopy(student).eval().requires_grad_(False)
+    for part in module.modules():
+        if isinstance(part, nn.RNNBase):  # a copy's weights are not the one chunk that cuDNN asks for
+            part.flatten_parameters()
+    return module
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else str(tuple(shape))

@@ -1,0 +1,286 @@
+"""Text for the language model: which files, and how they become held-out text and one shard a site.
+
+Everything is deterministic and needs no randomness: files are ordered by the SHA-256 of their path relative
+to their common folder, which mixes them well and does not depend on the machine. Files are split as a whole,
+so that no file is both learnt from and evaluated on, nor seen by two sites; with fewer files than parts, byte
+ranges that end at line ends take their place.
+
+Text is UTF-8 without NUL bytes; in folders, other files are passed over.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import itertools
+import os
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from p2pcodistill.config import LanguageModelConfig
+from p2pcodistill.errors import DataError
+
+_SAMPLE_BYTES = 8192
+_LINE_SEARCH_BYTES = 4096
+# A part that is limited in size draws on this many files where there are enough: one huge file is not a mix.
+_MIN_PIECES = 16
+# The held-out part takes at most one in this many files (or bytes).
+_HELD_OUT_SHARE = 8
+
+
+@dataclass(frozen=True)
+class TextSplit:
+    """`held_out` is evaluated on by everyone; `shards` are disjoint, one a site."""
+
+    held_out: bytes
+    shards: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class SiteText:
+    """What one site trains on and what it evaluates on."""
+
+    train: bytes
+    held_out: bytes
+
+
+def standard_library_files() -> list[Path]:
+    """The Python sources of this interpreter's standard library (tests too, where installed), sorted.
+
+    Raises DataError where there are none.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [path for path in _walk(root) if path.suffix == ".py" and _is_text(path)]
+    if not files:
+        raise DataError(f"no standard library sources in {root}: give files or folders of text with --data")
+    return files
+
+
+def text_files(paths: Sequence[Path]) -> list[Path]:
+    """The text files that `paths` name: files, and folders searched without hidden entries. No file twice.
+
+    Raises DataError for a path that is missing, unreadable or empty, and for a file that is not text.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"no such file or folder: {path}")
+        if path.is_dir():
+            inside = [file for file in _walk(path) if _is_text(file)]
+            if not inside:
+                raise DataError(f"{path} holds no text files (UTF-8, not empty)")
+        else:
+            if not _is_text(path):
+                raise DataError(f"{path} is empty, unreadable or not UTF-8 text")
+            inside = [path]
+        for file in inside:
+            found.setdefault(file.resolve(), file)
+    if not found:
+        raise DataError("no data: name at least one file or folder of text")
+    return list(found.values())
+
+
+def split_text(
+    files: Sequence[Path], *, num_shards: int, max_shard_bytes: int | None, max_held_out_bytes: int
+) -> TextSplit:
+    """Split the text of `files` into held-out text and `num_shards` disjoint shards.
+
+    The held-out text is a mix: a piece from the middle of each of many files, of which nothing else is used.
+    It is at most `max_held_out_bytes` and an eighth of the files (0: no held-out text). The other files are
+    dealt round the shards.
+
+    Raises DataError when there is not enough text for every part.
+    """
+    num_parts = num_shards + (1 if max_held_out_bytes else 0)
+    if len(files) >= num_parts:
+        split = _split_by_file(_in_hash_order(files), num_shards, max_shard_bytes, max_held_out_bytes)
+    else:
+        split = _split_by_range(_in_hash_order(files), num_shards, max_shard_bytes, max_held_out_bytes)
+    if not all(split.shards) or (max_held_out_bytes and not split.held_out):
+        raise DataError(f"text of {len(files)} file(s) is too short for {num_parts} parts: give more text")
+    return split
+
+
+def load_site_text(task: LanguageModelConfig, *, shard_index: int, num_shards: int) -> SiteText:
+    """The text of one site as its task's configuration says.
+
+    Without `task.data` it is this site's shard of the standard library's sources, which sites with the same
+    Python version split alike; without `task.held_out` a part of the data is kept back. Raises DataError for
+    text that is missing or too short to split.
+    """
+    own_held_out = not task.held_out
+    split = split_text(
+        text_files(task.data) if task.data else standard_library_files(),
+        num_shards=1 if task.data else num_shards,
+        max_shard_bytes=task.max_data_bytes,
+        max_held_out_bytes=task.max_held_out_bytes if own_held_out else 0,
+    )
+    train = split.shards[0 if task.data else shard_index]
+    if own_held_out:
+        return SiteText(train, split.held_out)
+    given = split_text(
+        text_files(task.held_out), num_shards=1, max_shard_bytes=task.max_held_out_bytes, max_held_out_bytes=0
+    )
+    return SiteText(train, given.shards[0])
+
+
+def require_text_files(task: LanguageModelConfig, *, batch_size: int, num_ranks: int) -> None:
+    """What can be said of `task.data` and `task.held_out` from the files' sizes, before anything is started or read.
+
+    Raises DataError for files that are missing, empty or not text, or together too small.
+    """
+    if task.held_out:
+        text_files(task.held_out)
+    if task.data:
+        num_bytes = sum(file.stat().st_size for file in text_files(task.data))
+        _require_bytes(num_bytes, task, batch_size=batch_size, num_ranks=num_ranks)
+
+
+def require_enough_text(
+    text: SiteText, task: LanguageModelConfig, *, batch_size: int, num_ranks: int
+) -> None:
+    """Raise DataError unless every document of every rank holds a window, and held-out text a prediction."""
+    _require_bytes(len(text.train), task, batch_size=batch_size, num_ranks=num_ranks)
+    if len(text.held_out) < 2:
+        where = ", ".join(map(str, task.held_out)) or "the data"
+        raise DataError(f"{where}: too little text to evaluate on: give more held-out text")
+
+
+def _require_bytes(num_bytes: int, task: LanguageModelConfig, *, batch_size: int, num_ranks: int) -> None:
+    num_needed_bytes = num_ranks * batch_size * (task.window_bytes + 1)
+    if num_bytes < num_needed_bytes:
+        where = ", ".join(map(str, task.data)) or "the standard library"
+        raise DataError(
+            f"{where}: {num_bytes} bytes of text to train on, but {batch_size * num_ranks} documents of "
+            f"{task.window_bytes + 1} bytes need {num_needed_bytes}: give more text, or lower training.batch_size"
+        )
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def _walk(root: Path) -> list[Path]:
+    """The regular files under `root`, sorted, without hidden entries, installed packages and byte code."""
+    files: list[Path] = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if not name.startswith(".") and name not in ("site-packages", "dist-packages", "__pycache__")
+        ]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in files if file.is_file())
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            sample = file.read(_SAMPLE_BYTES)
+        # Not final: the sample may end inside a character.
+        codecs.getincrementaldecoder("utf-8")().decode(sample, final=False)
+    except (OSError, UnicodeDecodeError):
+        return False
+    return bool(sample.strip()) and b"\0" not in sample
+
+
+def _read(path: Path) -> bytes:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    return text if text.endswith(b"\n") else text + b"\n"
+
+
+def _in_hash_order(files: Sequence[Path]) -> list[Path]:
+    if not files:
+        raise DataError("no data: name at least one file or folder of text")
+    absolute = [file.absolute() for file in files]
+    root = os.path.commonpath([file.parent for file in absolute])
+
+    def digest(file: Path) -> bytes:
+        return hashlib.sha256(file.relative_to(root).as_posix().encode(errors="surrogateescape")).digest()
+
+    return sorted(absolute, key=digest)
+
+
+# --- splitting ----------------------------------------------------------------------------------------------
+
+
+def _split_by_file(
+    files: list[Path], num_shards: int, max_shard_bytes: int | None, max_held_out_bytes: int
+) -> TextSplit:
+    held_out, num_used_files = b"", 0
+    if max_held_out_bytes:
+        max_files = max(1, min(len(files) // _HELD_OUT_SHARE, len(files) - num_shards))
+        max_piece_bytes = -(-max_held_out_bytes // min(_MIN_PIECES, max_files))
+        held_out, num_used_files = _join_pieces(files[:max_files], max_held_out_bytes, max_piece_bytes)
+    rest = files[num_used_files:]
+    return TextSplit(
+        held_out, tuple(_join_shard(rest[i::num_shards], max_shard_bytes) for i in range(num_shards))
+    )
+
+
+def _join_shard(files: Sequence[Path], max_bytes: int | None) -> bytes:
+    if max_bytes is None:
+        return b"".join(map(_read, files))
+    mix, _ = _join_pieces(files, max_bytes, -(-max_bytes // _MIN_PIECES))
+    # Too few files for a mix of small pieces: take all of each.
+    return mix if len(mix) == max_bytes else _join_pieces(files, max_bytes, max_bytes)[0]
+
+
+def _join_pieces(files: Iterable[Path], max_bytes: int, max_piece_bytes: int) -> tuple[bytes, int]:
+    """Pieces of `files`, in order, until there are `max_bytes`; and how many files that took."""
+    joined, num_files = bytearray(), 0
+    for file in files:
+        if len(joined) >= max_bytes:
+            break
+        text = _read(file)
+        start, end = _middle(text, max_piece_bytes)
+        joined += text[start:end]
+        num_files += 1
+    return bytes(joined[:max_bytes]), num_files
+
+
+def _middle(text: bytes, max_bytes: int) -> tuple[int, int]:
+    """A range of at most `max_bytes` in whole lines around the middle: a file often begins with a licence."""
+    if len(text) <= max_bytes:
+        return 0, len(text)
+    start = _line_end(text, (len(text) - max_bytes) // 2)
+    return start, _line_end(text, start + max_bytes, after=start)
+
+
+def _line_end(text: bytes, position: int, *, after: int = 0) -> int:
+    """The last line end in (after, position]; `position` itself where lines are very long."""
+    end = text.rfind(b"\n", max(after, position - _LINE_SEARCH_BYTES), position) + 1
+    return end if end > after else position
+
+
+def _split_by_range(
+    files: list[Path], num_shards: int, max_shard_bytes: int | None, max_held_out_bytes: int
+) -> TextSplit:
+    text = b"".join(map(_read, files))
+    max_piece_bytes = -(-min(max_held_out_bytes, len(text) // _HELD_OUT_SHARE) // _MIN_PIECES)
+    pieces: list[bytes] = []
+    rest: list[bytes] = []
+    for section in _cut(text, _MIN_PIECES):
+        start, end = _middle(section, max_piece_bytes)
+        pieces.append(section[start:end])
+        rest += [section[:start], section[end:]]
+    shards = [
+        shard[: _line_end(shard, max_shard_bytes)]
+        if max_shard_bytes and len(shard) > max_shard_bytes
+        else shard
+        for shard in _cut(b"".join(rest), num_shards)
+    ]
+    return TextSplit(b"".join(pieces)[:max_held_out_bytes], tuple(shards))
+
+
+def _cut(text: bytes, num_parts: int) -> list[bytes]:
+    """`text` in `num_parts` ranges of nearly equal size that end at line ends."""
+    bounds = [0]
+    for index in range(1, num_parts):
+        bounds.append(_line_end(text, len(text) * index // num_parts, after=bounds[-1]))
+    bounds.append(len(text))
+    return [text[start:end] for start, end in itertools.pairwise(bounds)]

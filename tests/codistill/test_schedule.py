@@ -1,0 +1,33 @@
+"""Burn-in, ramp and the steps at which something is due."""
+
+from __future__ import annotations
+
+import pytest
+
+from p2pcodistill.codistill.schedule import agreement_is_due, distillation_weight, exchange_is_due
+from p2pcodistill.config import CodistillationConfig
+
+
+def test_burn_in_has_exactly_its_steps_without_distillation() -> None:
+    config = CodistillationConfig(burn_in_steps=3, weight=0.5)
+    assert [distillation_weight(config, step) for step in range(5)] == [0, 0, 0, 0.5, 0.5]
+
+
+def test_no_burn_in_distils_at_once() -> None:
+    assert distillation_weight(CodistillationConfig(burn_in_steps=0), 0) == 1.0
+
+
+def test_the_ramp_grows_linearly_to_the_weight() -> None:
+    config = CodistillationConfig(burn_in_steps=2, ramp_steps=4, weight=2.0)
+    weights = [distillation_weight(config, step) for step in range(8)]
+    assert weights == pytest.approx([0, 0, 0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
+
+
+def test_exchange_is_due_at_multiples_of_its_interval_but_not_before_the_first_update() -> None:
+    config = CodistillationConfig(exchange_interval_steps=4)
+    assert [step for step in range(13) if exchange_is_due(config, step)] == [4, 8, 12]
+
+
+def test_agreement_is_due_at_multiples_of_its_interval() -> None:
+    config = CodistillationConfig(agreement_interval_steps=3)
+    assert [step for step in range(1, 10) if agreement_is_due(config, step)] == [3, 6, 9]

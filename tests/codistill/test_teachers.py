@@ -1,0 +1,158 @@
+"""The teacher bank: frozen copies that hold exactly what was checkpointed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from p2pcodistill.checkpoint.frames import DecodedFrame, decode_frame, encode_keyframe
+from p2pcodistill.checkpoint.snapshot import take_snapshot
+from p2pcodistill.codistill.teachers import TeacherBank, forward_stateless, map_tensors, unwrap
+from p2pcodistill.errors import SchemaMismatchError
+
+
+class Tied(nn.Module):
+    """Tied embeddings and batch statistics: what goes wrong when a checkpoint is only its parameters."""
+
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, size)
+        self.norm = nn.BatchNorm1d(size)
+        self.dropout = nn.Dropout(0.5)
+        self.readout = nn.Linear(size, 10, bias=False)
+        self.readout.weight = self.embedding.weight
+
+    def forward(self, tokens_B: Tensor) -> Tensor:
+        logits: Tensor = self.readout(self.dropout(self.norm(self.embedding(tokens_B))))
+        return logits
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 6, 2, batch_first=True)
+
+    def forward(self, inputs: Tensor, hidden: Any = None) -> tuple[Tensor, Any]:
+        logits, hidden = self.lstm(inputs, hidden)
+        return logits, hidden
+
+
+def run_recurrent(model: nn.Module, inputs: Any, state: Any) -> tuple[Tensor, Any]:
+    logits, state = model(inputs, state)
+    return logits, state
+
+
+def frame_of(model: nn.Module, step: int = 1) -> DecodedFrame:
+    return decode_frame(encode_keyframe(take_snapshot(model, step)), max_bytes=1 << 20)
+
+
+def test_a_teacher_predicts_like_the_checkpointed_model_in_eval_mode() -> None:
+    student, peer = Tied(), Tied()
+    peer(torch.arange(10))  # moves its running statistics
+    bank = TeacherBank(student, {"tokyo": 1.0}, forward_stateless)
+    bank.load("tokyo", frame_of(peer), (1, 5))
+    [logits], weights = bank.predict(torch.arange(10))
+    peer.eval()
+    torch.testing.assert_close(logits, peer(torch.arange(10)), rtol=1e-2, atol=1e-2)
+    assert weights == [1.0]
+    module = bank.teachers["tokyo"].module
+    assert torch.equal(module.get_buffer("norm.running_mean"), peer.norm.running_mean), "buffers are exact"
+    assert module.get_parameter("readout.weight") is module.get_parameter("embedding.weight"), "ties stay"
+
+
+def test_teachers_neither_learn_nor_share_memory_with_the_student() -> None:
+    student = Tied()
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    bank = TeacherBank(student, {"tokyo": 1.0}, forward_stateless)
+    bank.load("tokyo", frame_of(Tied()), (0, 1))
+    module = bank.teachers["tokyo"].module
+    statistics = module.get_buffer("norm.running_mean").clone()
+    [logits], _ = bank.predict(torch.arange(10))
+    assert not logits.requires_grad
+    assert not module.training and not any(parameter.requires_grad for parameter in module.parameters())
+    assert torch.equal(module.get_buffer("norm.running_mean"), statistics)
+    assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
+
+
+def test_weights_are_normalised_over_the_teachers_present() -> None:
+    bank = TeacherBank(Tied(), {"a": 1.0, "b": 2.0, "c": 6.0}, forward_stateless)
+    assert bank.present == []
+    bank.load("a", frame_of(Tied()), (0, 1))
+    bank.load("c", frame_of(Tied()), (0, 1))
+    logits, weights = bank.predict(torch.arange(10))
+    assert len(logits) == 2
+    assert weights == pytest.approx([1 / 7, 6 / 7])
+
+
+def test_inputs_may_be_a_tuple() -> None:
+    model = nn.Bilinear(2, 3, 4)
+    bank = TeacherBank(model, {"a": 1.0}, forward_stateless)
+    bank.load("a", frame_of(model), (0, 1))
+    [logits], _ = bank.predict((torch.ones(5, 2), torch.ones(5, 3)))
+    assert logits.shape == (5, 4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_carried_state_survives_swaps_and_resumes(autocast: bool) -> None:
+    torch.manual_seed(0)
+    student = Recurrent()
+    windows = torch.randn(3, 2, 5, 4)  # windows, batch, time, features
+
+    def bank_of(frame: DecodedFrame) -> TeacherBank:
+        bank = TeacherBank(student, {"a": 1.0}, run_recurrent)
+        bank.load("a", frame, (0, 1))
+        return bank
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        bank = bank_of(frame_of(student))
+        bank.predict(windows[0])
+        saved = bank.state_dict()
+        bank.load("a", frame_of(student, step=2), (0, 2))
+        [carried], _ = bank.predict(windows[1])
+        resumed = bank_of(frame_of(student))
+        resumed.load_state_dict(saved)
+        [again], _ = resumed.predict(windows[1])
+        [fresh], _ = bank_of(frame_of(student)).predict(windows[1])
+    assert saved["a"]["version"] == [0, 1]
+    assert torch.equal(carried, again)
+    assert not torch.equal(carried, fresh)
+    assert carried.dtype == (torch.bfloat16 if autocast else torch.float32)
+
+
+def test_a_state_of_a_former_teacher_is_left_out() -> None:
+    bank = TeacherBank(Recurrent(), {"a": 1.0}, run_recurrent)
+    bank.load_state_dict({"gone": {"version": [0, 1], "state": None}})
+    assert bank.state_dict() == {}
+
+
+@pytest.mark.parametrize(
+    ("peer", "sentence"),
+    [
+        (Tied(size=4), r"'embedding.weight' is \(10, 4\) there and \(10, 8\) here"),
+        (Recurrent(), "'embedding.weight' is missing there"),
+        (Tied().double(), "dtypes or ties"),
+    ],
+)
+def test_another_model_is_refused_and_the_difference_named(peer: nn.Module, sentence: str) -> None:
+    bank = TeacherBank(Tied(), {"a": 1.0}, forward_stateless)
+    with pytest.raises(SchemaMismatchError, match=sentence):
+        bank.check(frame_of(peer))
+    bank.check(frame_of(Tied()))
+
+
+def test_the_student_may_be_compiled() -> None:
+    model = Tied()
+    compiled = torch.compile(model, backend="eager")
+    assert unwrap(compiled) is model
+    TeacherBank(compiled, {"a": 1.0}, forward_stateless).check(frame_of(model))
+
+
+def test_states_are_mapped_through_their_containers() -> None:
+    state = {"h": (torch.ones(2), [torch.zeros(1)]), "n": 3, "none": None}
+    doubled = map_tensors(lambda tensor: tensor * 2, state)
+    assert torch.equal(doubled["h"][0], torch.full((2,), 2.0))
+    assert isinstance(doubled["h"], tuple) and isinstance(doubled["h"][1], list)
+    assert doubled["n"] == 3 and doubled["none"] is None
