@@ -15,7 +15,9 @@ from p2pcodistill.config import GROUP_SPEC_VARIABLE, GroupSpec
 from p2pcodistill.errors import GroupError
 
 MAX_RESTART_DELAY_S = 60.0
-_LOG_TAIL_BYTES = 4096
+_LOG_TAIL_BYTES = 16_384
+_TORCHRUN_EPITAPH = "failed (exitcode"
+"""Begins torchrun's own report on a rank that failed, which is longer than what the rank had to say, and says less."""
 
 
 class Group:
@@ -100,10 +102,12 @@ def restart_delay_s(initial_s: float, num_restarts: int) -> float:
 
 
 def log_tail(path: Path, *, max_lines: int = 12) -> str:
-    """The last lines of a log, for the message about a group that failed; empty if there is none."""
+    """The last lines that a rank wrote, for the message about a group that failed; empty if there is no log."""
     if not path.exists():
         return ""
     with path.open("rb") as log:
         log.seek(0, os.SEEK_END)
         log.seek(max(0, log.tell() - _LOG_TAIL_BYTES))
-        return "\n".join(log.read().decode(errors="replace").splitlines()[-max_lines:])
+        lines = log.read().decode(errors="replace").splitlines()
+    epitaphs = [index for index, line in enumerate(lines) if _TORCHRUN_EPITAPH in line]
+    return "\n".join(lines[: epitaphs[-1] if epitaphs else None][-max_lines:])

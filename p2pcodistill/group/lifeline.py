@@ -38,15 +38,23 @@ def adopt_orphans() -> None:
 
 
 def kill_descendants() -> int:
-    """SIGKILL every descendant of this process until none is left; returns how many were killed.
+    """SIGKILL every descendant of this process and collect the dead; returns how many were killed.
 
-    Complete only after `adopt_orphans`: otherwise a grandchild may have escaped to init.
+    Complete only after `adopt_orphans`: otherwise a grandchild may have escaped to init. Obligation: nobody else in this
+    process waits for one of its children.
     """
     import psutil  # late: the node needs it only when something has gone wrong
 
     killed: set[int] = set()
     me = psutil.Process()
-    while living := [p for p in me.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]:
+
+    def is_alive(process: psutil.Process) -> bool:
+        try:
+            return process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    while living := [process for process in me.children(recursive=True) if is_alive(process)]:
         for process in living:
             killed.add(process.pid)
             try:
@@ -54,4 +62,9 @@ def kill_descendants() -> int:
             except psutil.NoSuchProcess:
                 continue
         psutil.wait_procs(living, timeout=1.0)
+    while me.children():
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            break
     return len(killed)

@@ -13,13 +13,14 @@ from p2pcodistill.config import GroupConfig, GroupSpec
 from p2pcodistill.errors import GroupError
 from p2pcodistill.group.launch import Group, log_tail, restart_delay_s
 from p2pcodistill.group.lifeline import kill_descendants
-from p2pcodistill.telemetry import EventLog, GroupExited, GroupStarted
+from p2pcodistill.telemetry import EventLog, GroupExited, GroupStarted, NodeStopping
 
 
 class StopSwitch:
     """Who wants the node to stop: the first SIGINT or SIGTERM sets `requested`, a second one `at_once`."""
 
-    def __init__(self) -> None:
+    def __init__(self, events: EventLog) -> None:
+        self._events = events
         self.requested = asyncio.Event()
         self.at_once = asyncio.Event()
         self.signal = signal.SIGTERM
@@ -28,8 +29,10 @@ class StopSwitch:
         """Take note of one signal."""
         if self.requested.is_set():
             self.at_once.set()
+            return
         self.signal = number
         self.requested.set()
+        self._events.write(NodeStopping(number.name))
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:

@@ -1,0 +1,336 @@
+"""The reference training loop, which torchrun starts once a rank: `python -m p2pcodistill.group.train`.
+
+An ordinary PyTorch loop with DDP, Adam and autocast, plus the three lines of codistillation (`join`, `loss`, `step`); the
+rest is what a run on unreliable machines needs: complete training checkpoints, an agreed stop, evaluation, events.
+
+Without peers a resumed run is bit-identical to one that was never stopped, on the same processor and versions, with up to
+two ranks (the order in which more than two are summed may differ in the first step after a resume).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_model
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from p2pcodistill.codistill.teachers import State, map_tensors
+from p2pcodistill.config import GroupConfig, GroupSpec, TrainingConfig
+from p2pcodistill.errors import GroupError, UserError
+from p2pcodistill.group.checkpoints import TrainingCheckpoint, TrainingCheckpoints
+from p2pcodistill.group.exchange import join, read_group_spec
+from p2pcodistill.group.lifeline import die_with_parent
+from p2pcodistill.group.task import load_task
+from p2pcodistill.telemetry import (
+    Evaluated,
+    StepMeasured,
+    TrainingCheckpointed,
+    TrainingEnded,
+    TrainingStarted,
+)
+
+
+def main() -> int:
+    """Train as the node's spec says. Exit status 0 (finished or stopped) or 2 (one line says what to mend)."""
+    die_with_parent()
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        spec = read_group_spec()
+        if spec is None:
+            raise GroupError(
+                "this is a node's training loop: run `p2pcodistill node` or `p2pcodistill simulate`"
+            )
+        train(spec)
+    except UserError as error:
+        print(f"p2pcodistill: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(spec: GroupSpec) -> None:
+    """Train this rank to the end, or to the step at which the ranks agree to stop. Raises UserError."""
+    torch.set_num_threads(spec.group.num_threads)
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    device = choose_device(
+        spec.group, num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local_rank=_local_rank()
+    )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    control_group = None
+    if num_ranks > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        control_group = dist.new_group(backend="gloo")
+    try:
+        Training(spec, device, control_group).run()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def choose_device(config: GroupConfig, *, num_local_ranks: int, local_rank: int) -> torch.device:
+    """This rank's device: a GPU of its own where the machine has one for each of its ranks, else the CPU.
+
+    Raises GroupError when GPUs are asked for and there are too few.
+    """
+    num_gpus = 0 if config.device == "cpu" else torch.cuda.device_count()
+    if config.device == "cuda" and num_gpus < num_local_ranks:
+        raise GroupError(
+            f'group.device is "cuda", but there are {num_gpus} GPUs for {num_local_ranks} rank(s): lower '
+            'group.num_ranks or set group.device to "cpu"'
+        )
+    return torch.device("cuda", local_rank) if num_gpus >= num_local_ranks else torch.device("cpu")
+
+
+def choose_precision(config: TrainingConfig, device: torch.device) -> torch.dtype:
+    """The dtype of autocast: what is configured, or bfloat16 where the processor multiplies it natively."""
+    if config.precision != "auto":
+        return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def learning_rate(config: TrainingConfig, num_steps: int) -> float:
+    """The rate of the update after `num_steps`: linear warm-up, then constant or a cosine down to zero."""
+    warmup = min(1.0, (num_steps + 1) / max(1, config.warmup_steps))
+    if config.learning_rate_schedule == "constant":
+        return config.learning_rate * warmup
+    return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * num_steps / config.num_steps))
+
+
+class Training:
+    """One rank's training: built from a spec, resumed from its last checkpoint, then `run`."""
+
+    def __init__(
+        self, spec: GroupSpec, device: torch.device, control_group: dist.ProcessGroup | None
+    ) -> None:
+        self._config = config = spec.training
+        self._device = device
+        self._rank = 0 if control_group is None else dist.get_rank(control_group)
+        self._num_ranks = 1 if control_group is None else dist.get_world_size(control_group)
+        self._model_path = spec.model_path
+        self._dtype = choose_precision(config, device)
+        self._task = load_task(spec, rank=self._rank, num_ranks=self._num_ranks, device=device)
+        torch.manual_seed(config.seed % 2**63)
+        self._model = self._task.make_model()
+        self._optimizer = torch.optim.Adam(self._model.parameters(), lr=config.learning_rate)
+        self._state: State = None
+        self._step = 0
+        self._saved_step = 0
+        self._earlier_s = 0.0
+        self._checkpoints = TrainingCheckpoints(spec.training_folder, control_group)
+        checkpoint = self._checkpoints.load()
+        self._codistiller = join(self._model, forward=self._task.forward)
+        seed_random_states(config.seed, self._rank)
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        self._student: nn.Module = self._model
+        if control_group is not None:
+            device_ids = [device.index] if device.type == "cuda" else None
+            self._student = DistributedDataParallel(self._model, device_ids=device_ids)
+        self._started_s = time.perf_counter()
+        self._meter = _Meter(self._started_s, self._codistiller.exchange_s)
+
+    def run(self) -> None:
+        """Train until the last step or the agreed stop, save what a restart needs, and close the exchange.
+
+        Does nothing more than say so when the checkpoint it was resumed from is that of the last step.
+        """
+        try:
+            if self._step < self._config.num_steps:
+                self._report_start()
+                self._train()
+            finished = self._step >= self._config.num_steps
+            exchange_s = self._codistiller.exchange_s
+            self._codistiller.report(TrainingEnded(self._step, finished, exchange_s, self._duration_s))
+        finally:
+            self._codistiller.close()
+
+    def _report_start(self) -> None:
+        num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        precision = str(self._dtype).removeprefix("torch.")
+        self._codistiller.report(
+            TrainingStarted(
+                self._step,
+                self._config.num_steps,
+                num_parameters,
+                self._num_ranks,
+                self._device.type,
+                precision,
+            )
+        )
+
+    def _train(self) -> None:
+        config, codistiller = self._config, self._codistiller
+        if self._step > 0 and self._step % config.evaluation_interval_steps == 0:
+            self._evaluate()  # the event of the last life may have been on its way when that was killed
+        while self._step < config.num_steps and not codistiller.stop_requested:
+            self._update()
+            is_last = self._step == config.num_steps
+            if is_last:
+                codistiller.publish()
+            if is_last or self._step % config.report_interval_steps == 0:
+                self._report_progress()
+            if is_last or self._step % config.evaluation_interval_steps == 0:
+                self._evaluate()
+            if is_last and self._rank == 0:
+                # Before the last checkpoint, by which a restarted group knows that nothing is left to do.
+                save_model_file(self._model, self._model_path)
+            if is_last or self._step % config.checkpoint_interval_steps == 0:
+                self._save_checkpoint()
+        self._save_checkpoint()
+
+    def _update(self) -> None:
+        """One update of the parameters (Anil et al. 2018, Algorithm 1)."""
+        inputs, targets = self._task.next_batch()
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            logits, state = self._task.forward(self._student, inputs, self._state)
+            loss = self._task.loss(logits, targets)
+            distillation = self._codistiller.loss(logits, inputs)
+        self._optimizer.zero_grad()
+        (loss + distillation).backward()  # type: ignore[no-untyped-call]
+        if self._config.max_gradient_norm:
+            nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_gradient_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._config, self._step)
+        self._optimizer.step()
+        self._codistiller.step()
+        self._state = map_tensors(Tensor.detach, state)
+        self._step += 1
+        self._meter.add(loss.detach(), self._codistiller.last_distillation_loss)
+
+    def _report_progress(self) -> None:
+        if self._rank != 0:
+            return
+        rate = learning_rate(self._config, self._step - 1)
+        self._codistiller.report(self._meter.measure(self._step, rate, self._codistiller.exchange_s))
+
+    def _evaluate(self) -> None:
+        """Evaluate on rank 0; the other ranks go on to the next all-reduce."""
+        if self._rank != 0:
+            return
+        start_s = time.perf_counter()
+        self._model.eval()
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            val_loss = self._task.evaluate(self._model)
+        self._model.train()
+        self._codistiller.report(Evaluated(self._step, val_loss, time.perf_counter() - start_s))
+
+    @property
+    def _duration_s(self) -> float:
+        return self._earlier_s + time.perf_counter() - self._started_s
+
+    def _save_checkpoint(self) -> None:
+        if self._saved_step == self._step:
+            return
+        start_s = time.perf_counter()
+        shared = {
+            "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "duration_s": self._duration_s,
+        }
+        own = {
+            "task": self._task.state_dict(),
+            "state": self._state,
+            "codistiller": self._codistiller.state_dict(),
+            "random": random_states(self._device),
+        }
+        self._checkpoints.save(self._step, shared=shared, own=own)
+        self._saved_step = self._step
+        self._codistiller.report(TrainingCheckpointed(self._step, time.perf_counter() - start_s))
+
+    def _resume(self, checkpoint: TrainingCheckpoint) -> None:
+        self._step = self._saved_step = checkpoint.step
+        self._model.load_state_dict(checkpoint.shared["model"])
+        self._optimizer.load_state_dict(checkpoint.shared["optimizer"])
+        self._earlier_s = checkpoint.shared["duration_s"]
+        self._task.load_state_dict(checkpoint.own["task"])
+        self._state = map_tensors(lambda tensor: tensor.to(self._device), checkpoint.own["state"])
+        self._codistiller.load_state_dict(checkpoint.own["codistiller"])
+        restore_random_states(checkpoint.own["random"], self._device)
+
+
+class _Meter:
+    """Means over the steps since the last measurement; sums stay on the device until then."""
+
+    def __init__(self, now_s: float, exchange_s: float) -> None:
+        self._since_s, self._since_exchange_s = now_s, exchange_s
+        self._losses: list[Tensor] = []
+        self._distillation_losses: list[Tensor] = []
+
+    def add(self, loss: Tensor, distillation_loss: Tensor | None) -> None:
+        """Count one step."""
+        self._losses.append(loss)
+        if distillation_loss is not None:
+            self._distillation_losses.append(distillation_loss)
+
+    def measure(self, step: int, rate: float, exchange_s: float) -> StepMeasured:
+        """The event of the steps since the last call, given the exchange's seconds so far."""
+        now_s = time.perf_counter()
+        duration_s = now_s - self._since_s
+        event = StepMeasured(
+            step,
+            float(torch.stack(self._losses).mean()),
+            float(torch.stack(self._distillation_losses).mean()) if self._distillation_losses else None,
+            rate,
+            len(self._losses) / duration_s,
+            exchange_s - self._since_exchange_s,
+            duration_s,
+        )
+        self._since_s, self._since_exchange_s = now_s, exchange_s
+        self._losses, self._distillation_losses = [], []
+        return event
+
+
+# --- what is kept ------------------------------------------------------------------------------------------
+
+
+def seed_random_states(seed: int, rank: int) -> None:
+    """Different random numbers on every rank, from the run's seed."""
+    own_seed = (seed * 1_000_003 + rank + 1) % 2**63
+    torch.manual_seed(own_seed)
+    random.seed(own_seed)
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """This process's random states, as plain data and tensors."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """The inverse of `random_states`, as far as both ran on the same kind of device."""
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def save_model_file(model: nn.Module, path: Path) -> None:
+    """Write the model as safetensors, at once or not at all; read it with `safetensors.torch.load_model`."""
+    partial = path.with_name(f"{path.name}.part")
+    save_model(model, str(partial))
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

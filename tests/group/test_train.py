@@ -1,0 +1,373 @@
+"""The reference loop: what it tells, what it keeps, and that a resumed run is the one that was never stopped."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, load_model
+from torch import Tensor
+
+from p2pcodistill.checkpoint.frames import encode_keyframe
+from p2pcodistill.checkpoint.snapshot import take_snapshot
+from p2pcodistill.config import GROUP_SPEC_VARIABLE, GroupConfig, GroupSpec, TrainingConfig
+from p2pcodistill.errors import GroupError
+from p2pcodistill.group import exchange as exchange_module
+from p2pcodistill.group import train as train_module
+from p2pcodistill.group.link import EventHappened, FrameOffer, RankLink, StopRequested
+from p2pcodistill.group.train import choose_device, choose_precision, learning_rate, main, train
+from p2pcodistill.tasks.language_model import ByteLSTM, LanguageModelTask
+from p2pcodistill.telemetry import (
+    Evaluated,
+    SnapshotSkipped,
+    StepMeasured,
+    TeacherSwapped,
+    TrainingCheckpointed,
+    TrainingEnded,
+    TrainingStarted,
+)
+
+Launch = Callable[[GroupSpec], Path]
+
+
+def with_training(spec: GroupSpec, **changes: Any) -> GroupSpec:
+    return spec.model_copy(update={"training": spec.training.model_copy(update=changes)})
+
+
+def in_folder(spec: GroupSpec, folder: Path) -> GroupSpec:
+    folder.mkdir(exist_ok=True)
+    return spec.model_copy(
+        update={"training_folder": folder / "training", "model_path": folder / "model.safetensors"}
+    )
+
+
+@pytest.fixture
+def run(launch: Launch, stub_node) -> Callable[[GroupSpec], dict[str, Tensor]]:
+    """Train as a freshly started rank would; the final model, if it got that far."""
+
+    def run_rank(spec: GroupSpec) -> dict[str, Tensor]:
+        launch(spec)
+        torch.manual_seed(12345)  # a new process has random states of its own
+        train(spec)
+        stub_node.wait_for_event(TrainingEnded)
+        return load_file(spec.model_path) if spec.model_path.exists() else {}
+
+    return run_rank
+
+
+class Crash(Exception):
+    """An injected crash of the training script."""
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, num_batches: int) -> list[int]:
+    """Let the task fail at its batch `num_batches` (0-based); the returned list has one entry for each crash."""
+    crashes: list[int] = []
+    next_batch = LanguageModelTask.next_batch
+    calls = iter(range(10**6))
+
+    def failing(self: LanguageModelTask) -> tuple[Tensor, Tensor]:
+        if next(calls) == num_batches:
+            crashes.append(num_batches)
+            raise Crash
+        return next_batch(self)
+
+    monkeypatch.setattr(LanguageModelTask, "next_batch", failing)
+    return crashes
+
+
+def assert_same_model(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys() and one
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- a run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_tells_its_story_and_leaves_a_model(spec: GroupSpec, run: Any, stub_node) -> None:
+    model_tensors = run(spec)
+    events = stub_node.events
+    assert isinstance(events[0], TrainingStarted)
+    assert (events[0].start_step, events[0].num_steps, events[0].num_ranks) == (0, 12, 1)
+    assert events[0].num_parameters == sum(tensor.numel() for tensor in model_tensors.values())
+    assert (events[0].device, events[0].precision) == ("cpu", "float32")
+    assert [event.step for event in events if isinstance(event, StepMeasured)] == [4, 8, 12]
+    assert [event.step for event in events if isinstance(event, Evaluated)] == [5, 10, 12]
+    assert [event.step for event in events if isinstance(event, TrainingCheckpointed)] == [6, 12]
+    last = events[-1]
+    assert isinstance(last, TrainingEnded) and last.finished and last.step == 12
+    measured = [event for event in events if isinstance(event, StepMeasured)]
+    assert 0 < sum(event.duration_s for event in measured) <= last.duration_s
+    assert 0 < sum(event.exchange_s for event in measured) <= last.exchange_s < last.duration_s
+    assert all(event.distillation_loss is None for event in measured)
+    published = [frame.step for frame in stub_node.frames]
+    skipped = [event.step for event in events if isinstance(event, SnapshotSkipped)]
+    assert sorted(published + skipped) == [5, 10, 12] and published[-1] == 12, "the last step is published"
+    assert isinstance(stub_node.messages[-1], EventHappened), "everything was handed over before the end"
+    load_model(ByteLSTM(spec.task), spec.model_path)
+
+
+def test_the_loss_falls(spec: GroupSpec, run: Any, stub_node) -> None:
+    run(with_training(spec, num_steps=60, learning_rate=2e-2, evaluation_interval_steps=30))
+    losses = [event.val_loss for event in stub_node.events if isinstance(event, Evaluated)]
+    assert losses[-1] < losses[0] < 5.6
+
+
+def test_a_teacher_teaches(spec: GroupSpec, run: Any, stub_node, tmp_path: Path) -> None:
+    path = tmp_path / "tokyo.frame"
+    path.write_bytes(encode_keyframe(take_snapshot(ByteLSTM(spec.task), 100)))
+    stub_node.offers = (FrameOffer("tokyo", 1, 100, str(path), path.stat().st_size),)
+    alone = run(in_folder(spec, tmp_path / "alone"))
+    taught = run(in_folder(spec.model_copy(update={"teachers": {"tokyo": 1.0}}), tmp_path / "taught"))
+    events = stub_node.events
+    [swap] = [event for event in events if isinstance(event, TeacherSwapped)]
+    assert (swap.teacher, swap.incarnation, swap.teacher_step) == ("tokyo", 1, 100)
+    assert any(event.distillation_loss for event in events if isinstance(event, StepMeasured))
+    assert not torch.equal(alone["readout.weight"], taught["readout.weight"])
+
+
+# --- stopping and resuming -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_crashed_run_resumes_bit_for_bit(
+    spec: GroupSpec, run: Any, stub_node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    spec = with_training(spec, num_steps=20, checkpoint_interval_steps=10, precision=precision)
+    straight = run(in_folder(spec, tmp_path / "straight"))
+    crashed = in_folder(spec, tmp_path / "crashed")
+    with monkeypatch.context() as patch:
+        crashes = crash_at(patch, 13)
+        with pytest.raises(Crash):
+            run(crashed)
+    assert crashes == [13] and not crashed.model_path.exists()
+    assert_same_model(run(crashed), straight)
+    started = stub_node.events[0]
+    assert isinstance(started, TrainingStarted) and started.start_step == 10
+    ended = stub_node.events[-1]
+    assert isinstance(ended, TrainingEnded) and ended.finished
+
+
+def test_a_resume_passes_over_a_torn_checkpoint(
+    spec: GroupSpec, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = with_training(spec, num_steps=20, checkpoint_interval_steps=5)
+    straight = run(in_folder(spec, tmp_path / "straight"))
+    crashed = in_folder(spec, tmp_path / "crashed")
+    with monkeypatch.context() as patch:
+        crashes = crash_at(patch, 13)
+        with pytest.raises(Crash):
+            run(crashed)
+    assert crashes == [13]
+    torn = crashed.training_folder / "step-00000010" / "shared.pt"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    assert_same_model(run(crashed), straight)
+
+
+def test_a_stopped_run_checkpoints_and_goes_on_bit_for_bit(
+    spec: GroupSpec, run: Any, stub_node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = with_training(spec, checkpoint_interval_steps=1000)
+    straight = run(in_folder(spec, tmp_path / "straight"))
+    stopped = in_folder(spec, tmp_path / "stopped")
+    received = threading.Event()
+
+    class SignallingLink(RankLink):
+        def __init__(self, address: str, token: str, on_message: Callable[[Any], None]) -> None:
+            super().__init__(address, token, lambda message: (on_message(message), received.set()))
+
+    next_batch = LanguageModelTask.next_batch
+    calls = iter(range(10**6))
+
+    def stop_in_step_4(self: LanguageModelTask) -> tuple[Tensor, Tensor]:
+        if next(calls) == 3:
+            stub_node.send(StopRequested())
+            assert received.wait(30)
+        return next_batch(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exchange_module, "RankLink", SignallingLink)
+        patch.setattr(LanguageModelTask, "next_batch", stop_in_step_4)
+        assert run(stopped) == {}
+    ended = stub_node.events[-1]
+    assert isinstance(ended, TrainingEnded) and (ended.step, ended.finished) == (5, False)
+    assert_same_model(run(stopped), straight)
+
+
+def test_a_resumed_run_has_the_teachers_of_the_store_at_its_first_step(
+    spec: GroupSpec, run: Any, stub_node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tokyo.frame"
+    path.write_bytes(encode_keyframe(take_snapshot(ByteLSTM(spec.task), 100)))
+    stub_node.offers = (FrameOffer("tokyo", 1, 100, str(path), path.stat().st_size),)
+    spec = with_training(
+        spec.model_copy(update={"teachers": {"tokyo": 1.0}}), num_steps=20, checkpoint_interval_steps=10
+    )
+    with monkeypatch.context() as patch:
+        crashes = crash_at(patch, 12)
+        with pytest.raises(Crash):
+            run(spec)
+    assert crashes == [12]
+    stub_node.wait_for_event(TeacherSwapped)
+    first_swap = next(event for event in stub_node.events if isinstance(event, TeacherSwapped))
+    assert first_swap.step <= 10, "otherwise there was nothing to resume"
+    run(spec)
+    [swap] = [event for event in stub_node.events if isinstance(event, TeacherSwapped)]
+    assert (swap.step, swap.teacher_step) == (10, 100)
+
+
+def test_a_finished_run_that_is_started_again_only_says_so(
+    spec: GroupSpec, run: Any, stub_node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_tensors = run(spec)
+    crashes = crash_at(monkeypatch, 0)
+    assert_same_model(run(spec), model_tensors)
+    [event] = stub_node.events
+    assert isinstance(event, TrainingEnded) and event.finished and event.step == 12
+    assert stub_node.frames == [] and crashes == []
+
+
+def test_a_crash_after_the_model_was_written_is_repaired(
+    spec: GroupSpec, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = run(in_folder(spec, tmp_path / "straight"))
+    crashed = in_folder(spec, tmp_path / "crashed")
+    num_crashes = 0
+
+    def crash(*_arguments: object) -> None:
+        nonlocal num_crashes
+        num_crashes += 1
+        raise Crash
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(train_module, "save_model_file", crash)
+        run(crashed)
+    assert num_crashes == 1
+    assert_same_model(run(crashed), straight)
+
+
+# --- as a process --------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_train_as_one_group_and_resume(
+    spec: GroupSpec, launch: Launch, stub_node, tmp_path: Path
+) -> None:
+    half = with_training(spec, num_steps=6, learning_rate_schedule="constant")
+    whole = with_training(half, num_steps=12)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
+        *("--nproc-per-node", "2", "-m", "p2pcodistill.group.train"),
+    ]
+
+    def run_group(spec: GroupSpec) -> TrainingStarted:
+        environment = os.environ | {
+            GROUP_SPEC_VARIABLE: str(launch(spec)),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+        }
+        result = subprocess.run(
+            command,
+            env=environment,
+            cwd=Path(__file__).parents[2],
+            timeout=100,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        stub_node.wait_for_event(TrainingEnded)
+        started = stub_node.events[0]
+        assert isinstance(started, TrainingStarted)
+        return started
+
+    starts = [run_group(in_folder(part, tmp_path / "parts")) for part in (half, whole)]
+    assert [(event.start_step, event.num_ranks) for event in starts] == [(0, 2), (6, 2)]
+    run_group(in_folder(whole, tmp_path / "whole"))
+    models = [load_file(tmp_path / name / "model.safetensors") for name in ("parts", "whole")]
+    assert_same_model(*models)
+
+
+def test_main_says_what_to_mend_in_one_line(
+    spec: GroupSpec, launch: Launch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_module, "die_with_parent", lambda: None)
+    launch(with_training(spec, batch_size=100_000))
+    assert main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("p2pcodistill: ") and error.count("\n") == 1 and "give more text" in error
+    monkeypatch.delenv(GROUP_SPEC_VARIABLE)
+    assert main() == 2
+    assert "p2pcodistill node" in capsys.readouterr().err
+
+
+def test_main_trains(spec: GroupSpec, launch: Launch, stub_node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "die_with_parent", lambda: None)
+    launch(spec)
+    assert main() == 0
+    assert spec.model_path.exists()
+
+
+# --- choices -------------------------------------------------------------------------------------------------
+
+
+def test_the_cosine_starts_at_the_peak_and_ends_near_zero() -> None:
+    config = TrainingConfig(num_steps=100, learning_rate=2.0)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[0] == 2.0
+    assert rates == sorted(rates, reverse=True)
+    assert rates[50] == pytest.approx(1.0)
+    assert 0 < rates[-1] < 1e-3
+
+
+def test_warm_up_and_constant_rate() -> None:
+    config = TrainingConfig(
+        num_steps=100, learning_rate=2.0, learning_rate_schedule="constant", warmup_steps=4
+    )
+    assert [learning_rate(config, step) for step in (0, 1, 3, 4, 99)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "num_local_ranks", "expected"),
+    [
+        ("auto", 0, 1, "cpu"),
+        ("auto", 1, 2, "cpu"),
+        ("auto", 2, 2, "cuda:1"),
+        ("cpu", 2, 2, "cpu"),
+        ("cuda", 2, 2, "cuda:1"),
+    ],
+)
+def test_each_rank_has_a_gpu_of_its_own_or_none_has(
+    monkeypatch: pytest.MonkeyPatch, device: Any, num_gpus: int, num_local_ranks: int, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    chosen = choose_device(GroupConfig(device=device), num_local_ranks=num_local_ranks, local_rank=1)
+    assert str(chosen) == expected
+
+
+def test_missing_gpus_are_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(GroupError, match=r"1 GPUs for 2 rank\(s\)"):
+        choose_device(GroupConfig(device="cuda"), num_local_ranks=2, local_rank=0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "capabilities", "expected"),
+    [
+        ("auto", {"avx512_bf16": True}, torch.bfloat16),
+        ("auto", {"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ("auto", {"avx2": True}, torch.float32),
+        ("float32", {"avx512_bf16": True}, torch.float32),
+        ("bfloat16", {}, torch.bfloat16),
+    ],
+)
+def test_precision_follows_the_processor(
+    monkeypatch: pytest.MonkeyPatch, precision: Any, capabilities: dict[str, bool], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert choose_precision(TrainingConfig(precision=precision), torch.device("cpu")) == expected
