@@ -117,7 +117,7 @@ class Node:
             origin: [frame] for origin, frame in stored.items() if origin in self._teachers
         }
         self._gossip_moved = asyncio.Event()
-        self._stop = StopSwitch()
+        self._stop = StopSwitch(self._events)
         self._last_traffic: TrafficMeasured | None = None
 
     def _describe(self) -> dict[str, object]:

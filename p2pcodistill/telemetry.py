@@ -53,6 +53,15 @@ class NodeStarted(Event):
 
 @_event
 @dataclass(frozen=True, slots=True)
+class NodeStopping(Event):
+    """A first SIGINT or SIGTERM arrived: the ranks are asked to stop at a step boundary. A second one ends them at once."""
+
+    name: ClassVar[str] = "node-stopping"
+    signal: str
+
+
+@_event
+@dataclass(frozen=True, slots=True)
 class NodeStopped(Event):
     """The node has shut down. `reason` is `finished`, `stopped` (a signal) or `failed`."""
 
@@ -292,7 +301,9 @@ def from_record(record: Record) -> Event:
     if cls is None:
         raise ValueError(f"unknown event {record.get('event')!r}")
     try:
-        return cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record or f.default is MISSING})
+        return cls(
+            **{f.name: record[f.name] for f in fields(cls) if f.name in record or f.default is MISSING}
+        )
     except KeyError as error:
         raise ValueError(f"event {cls.name!r} lacks the field {error}") from error
 

@@ -199,7 +199,9 @@ class SiteHistory:
                     history.num_teacher_swaps += 1
                 case FramePublished():
                     history.num_frames_published += 1
-                case Refused() | TeacherRefused():
+                case Refused():
+                    history.num_refusals += event.num_times
+                case TeacherRefused():
                     history.num_refusals += 1
                 case TrafficMeasured():
                     elapsed_s = time_s - start_time_s

@@ -17,6 +17,7 @@ from p2pcodistill.telemetry import (
     GroupStarted,
     NodeStarted,
     NodeStopped,
+    NodeStopping,
     PeerConnected,
     PeerDisconnected,
     Record,
@@ -71,6 +72,8 @@ class Progress:
                 self.state = "starting"
                 self.neighbours = tuple(event.neighbours)
                 self.connected_peers.clear()
+            case NodeStopping():
+                self.state = "stopping"
             case NodeStopped():
                 self.state = _ENDINGS.get(event.reason, "failed")
                 self.connected_peers.clear()
@@ -83,14 +86,14 @@ class Progress:
             case GroupExited():
                 if event.restart_in_s is not None:
                     self.state = "restarting"
-                elif event.exit_status != 0:
+                elif event.exit_status != 0 and self.state != "stopping":
                     self.state = "failed"
             case TrainingStarted():
                 self.state = "training"
                 self.step, self.num_steps = event.start_step, event.num_steps
                 self._smooth_steps_per_s = None
             case StepMeasured():
-                self.state = "training"
+                self.state = "stopping" if self.state == "stopping" else "training"
                 self.step, self.loss = event.step, event.loss
                 self._measure_speed(event.steps_per_s)
             case Evaluated():
@@ -100,7 +103,7 @@ class Progress:
                 self.step = event.step
             case Refused():
                 who = f"from {event.peer}: " if event.peer else ""
-                self._refuse(f"{event.reason}: {who}{event.why}")
+                self._refuse(f"{event.reason}: {who}{event.why}", event.num_times)
             case TeacherRefused():
                 self._refuse(
                     f"{event.reason}: teacher {event.teacher} of step {event.teacher_step}: {event.why}"
@@ -113,8 +116,8 @@ class Progress:
             before = steps_per_s if self._smooth_steps_per_s is None else self._smooth_steps_per_s
             self._smooth_steps_per_s = before + SPEED_SMOOTHING * (steps_per_s - before)
 
-    def _refuse(self, sentence: str) -> None:
-        self.num_refusals += 1
+    def _refuse(self, sentence: str, num_times: int = 1) -> None:
+        self.num_refusals += num_times
         self.last_refusal = printable(sentence)
 
     @property
