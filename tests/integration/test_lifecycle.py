@@ -1,0 +1,120 @@
+"""A site through crashes and signals: it resumes completely, and no process outlives its node."""
+
+import signal
+
+import psutil
+import pytest
+
+
+# Guard, torchrun and rank run each other, so each one's command line holds those of the ones below it.
+PARTS = ("p2pcodistill.group.train", "torch.distributed.run", "p2pcodistill.group.guard")
+
+
+def process_of(site, part):
+    """The one process of the site's tree that runs this module."""
+    found = []
+    for process in site.tree():
+        modules = [word for word in process.cmdline() if word in PARTS]
+        if len(modules) == PARTS.index(part) + 1:
+            found.append(process)
+    assert len(found) == 1, (part, [p.cmdline() for p in site.tree()])
+    return found[0]
+
+
+async def test_a_killed_node_resumes_bit_identically_without_peers(sites):
+    data = [str(sites.folder / "straight.txt")]
+    straight, killed = sites.make("straight", "killed", peers=[], training={"seed": 3}, task={"data": data})
+    await straight.start()
+    assert await straight.wait() == 0, straight.log()
+
+    await killed.start()
+    await killed.until("training-checkpointed", lambda record: record["step"] >= 30)
+    tree = killed.tree()
+    killed.kill()
+    await killed.wait()
+    _, alive = psutil.wait_procs(tree[1:], timeout=10)
+    assert alive == []
+    step_when_killed = max(record["step"] for record in killed.all("step-measured"))
+    await killed.start()
+    assert await killed.wait() == 0, killed.log()
+
+    first, second = killed.all("training-started")
+    assert first["start_step"] == 0
+    assert 30 <= second["start_step"] <= step_when_killed + 10
+    assert [record["finished"] for record in killed.all("training-ended")] == [True]
+    assert killed.model_bytes() == straight.model_bytes()
+    evaluations = {record["step"]: record["val_loss"] for record in killed.all("evaluated")}
+    assert evaluations == {record["step"]: record["val_loss"] for record in straight.all("evaluated")}
+
+
+async def test_the_node_restarts_its_group_whoever_is_killed(sites):
+    (site,) = sites.make("berlin", peers=[], training={"num_steps": 100_000})
+    await site.start()
+    for number, part in enumerate(PARTS):
+        await site.until("training-checkpointed", count=2 * number + 1)
+        tree = site.tree()
+        process_of(site, part).send_signal(signal.SIGKILL)
+        exited = await site.until("group-exited", count=number + 1)
+        assert exited["restart_in_s"] is not None, part
+        _, alive = psutil.wait_procs([p for p in tree if p.pid != site.process.pid], timeout=10)
+        assert alive == [], f"after kill -9 of the {part}"
+        restarted = await site.until("training-started", count=number + 2)
+        assert restarted["start_step"] >= 10, part
+    tree = site.tree()
+    site.kill()
+    await site.wait()
+    _, alive = psutil.wait_procs(tree, timeout=10)
+    assert alive == []
+
+
+async def test_a_group_that_keeps_failing_ends_the_node_with_the_end_of_its_log(sites):
+    script = sites.folder / "broken.py"
+    script.write_text("raise SystemExit('the corpus is haunted')\n")
+    (site,) = sites.make("berlin", peers=[], group={"script": str(script), "max_restarts": 1})
+    await site.start()
+    assert await site.wait() == 2
+    assert [record["restart_in_s"] for record in site.all("group-exited")] == [0.1, None]
+    assert "failed 2 times" in site.log() and "the corpus is haunted" in site.log()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_stops_at_a_step_boundary_and_the_same_command_goes_on(sites, number):
+    (site,) = sites.make(
+        "berlin", peers=[], training={"checkpoint_interval_steps": 100_000, "num_steps": 2_000}
+    )
+    await site.start()
+    await site.until("step-measured", lambda record: record["step"] >= 20)
+    site.kill(number)
+    assert await site.wait() == 128 + number, site.log()
+    (ended,) = site.all("training-ended")
+    assert not ended["finished"]
+    assert [record["step"] for record in site.all("training-checkpointed")] == [ended["step"]]
+    assert site.all("node-stopped")[-1]["reason"] == "stopped"
+
+    await site.start("--set", "group.restart_delay_s=0.2")  # what does not touch training may change
+    await site.until("training-started", lambda record: record["start_step"] == ended["step"])
+    site.kill(number)
+    assert await site.wait() == 128 + number
+
+
+STUBBORN = """
+import signal, torch, p2pcodistill
+from p2pcodistill.telemetry import PeerConnected
+p2pcodistill.join(torch.nn.Linear(1, 1)).report(PeerConnected("the script itself"))
+signal.pause()
+"""
+
+
+async def test_a_second_signal_stops_at_once(sites):
+    script = sites.folder / "stubborn.py"
+    script.write_text(STUBBORN)
+    (site,) = sites.make("berlin", peers=[], group={"script": str(script), "stop_grace_s": 3600.0})
+    await site.start()
+    await site.until("peer-connected")
+    tree = site.tree()
+    site.kill(signal.SIGINT)
+    await site.until("node-stopping")
+    site.kill(signal.SIGINT)
+    assert await site.wait() == 128 + signal.SIGINT
+    _, alive = psutil.wait_procs(tree, timeout=10)
+    assert alive == []
