@@ -212,6 +212,8 @@ class GroupSpec(StrictModel):
     """Where the reference loop writes the final model (safetensors)."""
     teachers: dict[str, float]
     """Weight of each teacher, by name."""
+    num_students: NonNegativeInt
+    """How many sites learn from this one; with none, nothing is published."""
     shard_index: NonNegativeInt
     num_shards: PositiveInt
     """This site's share of text that all sites have (used when `task.data` is empty)."""

@@ -12,7 +12,9 @@ What arrives from a peer can be refused but cannot stop the node; whatever else 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import errno
 import os
 import secrets
 import time
@@ -29,7 +31,7 @@ from p2pcodistill.checkpoint.manifest import (
 )
 from p2pcodistill.checkpoint.store import FrameStore, StoredFrame
 from p2pcodistill.config import GroupSpec, NodeConfig
-from p2pcodistill.errors import MalformedError, RefusedError
+from p2pcodistill.errors import MalformedError, RefusedError, RunFolderError
 from p2pcodistill.gossip import protocol as gossip
 from p2pcodistill.gossip.messages import Chunk, Gone, encode_message, lane_of
 from p2pcodistill.group.lifeline import adopt_orphans
@@ -158,10 +160,11 @@ class Node:
             with self._stop.on_signals():
                 outcome = await self._run_tasks(link_address)
         except BaseExceptionGroup as errors:
-            raise _first_leaf(errors) from errors
+            raise self._explain(_first_leaf(errors)) from errors
         finally:
-            self._report_traffic()
-            self._events.write(NodeStopped(site=self._config.name, reason=outcome.reason))
+            with contextlib.suppress(OSError):  # a full disk is told by the error that ended the tasks
+                self._report_traffic()
+                self._events.write(NodeStopped(site=self._config.name, reason=outcome.reason))
             await self._transport.close()
             self._link.close()
             self._store.close()
@@ -179,6 +182,14 @@ class Node:
             for pump in pumps:
                 pump.cancel()
         return outcome
+
+    def _explain(self, error: BaseException) -> BaseException:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return RunFolderError(
+                f"the disk that holds {self._folder.path} is full: make room, then run the same command again; "
+                "what was complete is kept"
+            )
+        return error
 
     # --- the workers -----------------------------------------------------------------------------------------------
 
@@ -211,6 +222,7 @@ class Node:
             training_folder=self._folder.training,
             model_path=self._folder.model,
             teachers=self._teachers,
+            num_students=len(self._topology.students_of(self._config.name)),
             shard_index=members.index(self._config.name),
             num_shards=len(members),
             group=self._group_config,

@@ -1,6 +1,5 @@
 """Identities: round trips, files that others can read, mistyped keys, signatures."""
 
-
 import stat
 
 import pytest

@@ -47,7 +47,8 @@ class Codistiller:
     """One student's side of codistillation. Create it with `p2pcodistill.join(model)`.
 
     Every rank of a group has one, and calls `step` after every update and `load_state_dict` at the same points.
-    `exchange` is None for a student on its own. `teachers` maps each neighbour that teaches this student to its weight.
+    `exchange` is None for a student on its own. `teachers` maps each neighbour that teaches this student to its weight;
+    `num_students` neighbours learn from it, and with none it publishes nothing.
     `forward` runs the model for stateful teachers (see `teachers.Forward`). `process_group` is a gloo group of all ranks;
     by default one is made where torch.distributed is initialised with more than one rank.
 
@@ -61,6 +62,7 @@ class Codistiller:
         *,
         exchange: Exchange | None,
         teachers: Mapping[str, float],
+        num_students: int = 1,
         forward: Forward | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -71,6 +73,7 @@ class Codistiller:
         self._config = config
         self._exchange = exchange
         self._bank = TeacherBank(self._model, teachers if exchange else {}, forward or forward_stateless)
+        self._has_students = num_students > 0
         self._is_lead = process_group is None or dist.get_rank(process_group) == 0
         self._agreement = Agreement(list(self._bank.teachers), process_group)
         self._candidates: dict[str, _Candidate] = {}
@@ -183,7 +186,9 @@ class Codistiller:
             self._exchange.close()
 
     def _publish(self) -> None:
-        if self._exchange is not None and self._is_lead and self._published_step != self._num_steps:
+        if self._exchange is None or not (self._has_students and self._is_lead):
+            return
+        if self._published_step != self._num_steps:
             self._exchange.publish(take_snapshot(self._model, self._num_steps))
             self._published_step = self._num_steps
 

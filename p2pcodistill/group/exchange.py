@@ -61,7 +61,14 @@ def join(model: nn.Module, *, forward: Forward | None = None) -> Codistiller:
         )
     is_lead = not dist.is_initialized() or dist.get_rank() == 0
     exchange = GroupExchange(spec, is_lead=is_lead, max_frame_bytes=_max_frame_bytes(model))
-    return Codistiller(model, spec.codistillation, exchange=exchange, teachers=spec.teachers, forward=forward)
+    return Codistiller(
+        model,
+        spec.codistillation,
+        exchange=exchange,
+        teachers=spec.teachers,
+        num_students=spec.num_students,
+        forward=forward,
+    )
 
 
 def read_group_spec() -> GroupSpec | None:

@@ -207,6 +207,15 @@ def test_what_is_published_at_the_last_step_is_not_published_twice(exchange: Scr
     assert [snapshot.step for snapshot in exchange.published] == [3, 6]
 
 
+def test_a_student_from_whom_nobody_learns_publishes_nothing(exchange: ScriptedExchange) -> None:
+    codistiller = Codistiller(
+        linear(0), EACH_STEP, exchange=exchange, teachers={"tokyo": 1.0}, num_students=0
+    )
+    codistiller.step()
+    codistiller.publish()
+    assert exchange.published == []
+
+
 # --- swapping ------------------------------------------------------------------------------------------------
 
 

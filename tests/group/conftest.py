@@ -131,6 +131,7 @@ def spec(stub_node: StubNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         training_folder=tmp_path / "training",
         model_path=tmp_path / "model.safetensors",
         teachers={},
+        num_students=1,
         shard_index=0,
         num_shards=1,
         group=GroupConfig(device="cpu"),

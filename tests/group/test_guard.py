@@ -17,7 +17,8 @@ import os, signal, subprocess, sys, time
 child = subprocess.Popen(
     [sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
      "print('child', os.getpid(), flush=True); signal.pause()"],
-    start_new_session=True)
+    stdout=subprocess.PIPE, text=True, start_new_session=True)
+print(child.stdout.readline(), end="", flush=True)  # it is there before the leader goes on
 print("leader", os.getpid(), flush=True)
 {then}
 """

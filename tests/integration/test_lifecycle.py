@@ -5,7 +5,6 @@ import signal
 import psutil
 import pytest
 
-
 # Guard, torchrun and rank run each other, so each one's command line holds those of the ones below it.
 PARTS = ("p2pcodistill.group.train", "torch.distributed.run", "p2pcodistill.group.guard")
 

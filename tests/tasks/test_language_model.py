@@ -40,6 +40,7 @@ def spec_of(folder: Path, task: LanguageModelConfig, *, batch_size: int = 4) -> 
         training_folder=folder,
         model_path=folder / "model.safetensors",
         teachers={},
+        num_students=1,
         shard_index=0,
         num_shards=1,
         group=GroupConfig(),
