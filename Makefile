@@ -1,7 +1,8 @@
 # Set-up is part of every target: the first call makes .venv, later ones start at once.
 #   PYTHON    the interpreter to use (3.11 or 3.12)
 #   PIP_ARGS  extra arguments for pip, for example to choose a CPU or CUDA build of torch (see README)
-PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(if $(shell command -v $(p) 2>/dev/null),$(p))))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c $(SUPPORTED) 2>/dev/null && { echo $$p; break; }; done)
+SUPPORTED := 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +33,8 @@ help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 12); sys.exit(None if ok else "p2pcodistill needs Python 3.11 or 3.12, and this is %s: call make PYTHON=/path/to/python3.12" % sys.version.split()[0])'
+	@test -n "$(PYTHON)" && $(PYTHON) -c $(SUPPORTED) || \
+	  { echo "p2pcodistill needs Python 3.11 or 3.12: install one, or call make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt $(PIP_ARGS) torch
 	$(BIN)/pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable '.[dev]'
