@@ -75,7 +75,7 @@ class TrainingConfig(StrictModel):
     max_gradient_norm: NonNegativeFloat = 1.0
     """Clip the global norm of the gradient to this; 0 does not clip."""
     seed: NonNegativeInt = 0
-    """Seeds initialisation and example order; sites of a run need different seeds, simulate sees to it."""
+    """Seeds initialisation and example order, together with the site's name: sites differ under one seed."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast of forward passes. `auto`: bfloat16 where the processor computes it natively, else float32."""
     evaluation_interval_steps: PositiveInt = 50

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import os
 import secrets
 import time
@@ -227,9 +228,15 @@ class Node:
             num_shards=len(members),
             group=self._group_config,
             task=self._task,
-            training=self._config.training,
+            # Codistillation needs sites that start from different models (Anil et al. 2018, section 2).
+            training=self._config.training.model_copy(update={"seed": self._site_seed()}),
             codistillation=self._config.codistillation,
         )
+
+    def _site_seed(self) -> int:
+        """31 bits of the run's seed and this site's name; hashed, because ranks count up from it."""
+        text = f"p2pcodistill-seed/{self._config.training.seed}/{self._config.name}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
     async def _ask_ranks_to_stop(self) -> bool:
         """Ask the ranks to agree on a step, checkpoint and exit; False when none has joined, so that nothing is lost."""

@@ -13,6 +13,7 @@ from p2pcodistill.report.summary import byte_count
 from p2pcodistill.telemetry import (
     Evaluated,
     Event,
+    FramePublished,
     GroupExited,
     GroupStarted,
     NodeStarted,
@@ -96,6 +97,9 @@ class Progress:
                 self.state = "stopping" if self.state == "stopping" else "training"
                 self.step, self.loss = event.step, event.loss
                 self._measure_speed(event.steps_per_s)
+            case FramePublished():  # all that is heard of a user's own script
+                self.state = "training" if self.state == "starting" else self.state
+                self.step = max(self.step, event.step)
             case Evaluated():
                 self.val_loss = event.val_loss
             case TrainingEnded():

@@ -264,6 +264,6 @@ def _node_config(
                 "max_held_out_bytes": (folder / _DATA_FOLDER / _HELD_OUT_FILE).stat().st_size,
             }
         ),
-        training=scenario.training.model_copy(update={"seed": site.training_seed}),
+        training=scenario.training.model_copy(update={"seed": job.seed}),
         codistillation=scenario.codistillation,
     )

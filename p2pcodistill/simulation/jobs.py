@@ -7,7 +7,6 @@ durations, so that two runs on machines with equally many cores compute the same
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,6 @@ class SiteRun:
     """
 
     name: str
-    training_seed: int
     shards: tuple[str, ...]
 
 
@@ -64,34 +62,24 @@ class Job:
         return self.num_cores_per_site * len(self.sites)
 
 
-def training_seed(seed: int, site_index: int) -> int:
-    """The seed of a site's training, 31 bits; the same in every arm.
-
-    Hashed, so that seeds that a group's ranks derive by counting up from it do not meet those of another site.
-    """
-    digest = hashlib.sha256(f"p2pcodistill-simulation/{seed}/{site_index}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
-
-
 def make_jobs(scenario: ScenarioConfig) -> list[Job]:
     """All jobs of `scenario`, in the order of its seeds and arms.
 
-    A lone site has exactly the seed and the data that it has in a codistilled arm; the pooled site starts from the
-    initialisation of the first site.
+    A lone site has exactly the name (hence the initialisation and order) and the data that it has in a codistilled arm.
     """
     names = scenario.site_names
     topology = build_topology(scenario.topology, names)
     max_teachers = max(len(teachers) for teachers in topology.teachers_of.values())
     jobs = []
     for seed in scenario.seeds:
-        sites = tuple(SiteRun(name, training_seed(seed, index), (name,)) for index, name in enumerate(names))
+        sites = tuple(SiteRun(name, (name,)) for name in names)
         for arm in scenario.arms:
             if arm.kind == "codistilled":
                 parts, cost = [sites], 1 + _TEACHER_COST * max_teachers
             elif arm.kind == "alone":
                 parts, cost = [(site,) for site in sites], 1.0
             else:
-                parts, cost = [(SiteRun(POOLED_SITE, training_seed(seed, 0), names),)], 1.0
+                parts, cost = [(SiteRun(POOLED_SITE, names),)], 1.0
             jobs += [
                 Job(arm, seed, part, scenario.group.num_ranks, scenario.group.num_threads, cost)
                 for part in parts

@@ -47,6 +47,11 @@ DECIDED_BY_SIMULATION = {
     ("task", "held_out"): "held-out text is split off the data; data.max_held_out_bytes limits it",
     ("task", "max_data_bytes"): "set data.max_bytes_per_site",
     ("task", "max_held_out_bytes"): "set data.max_held_out_bytes",
+    (
+        "group",
+        "script",
+    ): "a script of your own runs below `p2pcodistill node`; scenarios measure the reference loop",
+    ("group", "script_arguments"): "remove it, with group.script",
     ("training", "seed"): "list seeds = [0] at the top, from which each site gets its own",
 }
 """(section, key) of what the simulation sets for each node, so that a scenario cannot; with what to write instead."""
@@ -242,15 +247,11 @@ def _resolve(scenario: ScenarioConfig, base: Path) -> ScenarioConfig:
         return tuple(base / path for path in paths)
 
     is_file = scenario.topology.endswith(FILE_SUFFIXES)
-    script = scenario.group.script
     return scenario.model_copy(
         update={
             "topology": str(base / scenario.topology) if is_file else scenario.topology,
             "sites": tuple(site.model_copy(update={"data": below(site.data)}) for site in scenario.sites),
             "data": scenario.data.model_copy(update={"paths": below(scenario.data.paths)}),
-            "group": scenario.group.model_copy(update={"script": base / script})
-            if script
-            else scenario.group,
         }
     )
 

@@ -22,6 +22,9 @@ from pathlib import Path
 from p2pcodistill.config import LanguageModelConfig
 from p2pcodistill.errors import DataError
 
+_NEAR_COPIES = frozenset(
+    {"encodings", "lib2to3"}
+)  # generated character tables; one boilerplate for many fixers
 _SAMPLE_BYTES = 8192
 _LINE_SEARCH_BYTES = 4096
 # A part that is limited in size draws on this many files where there are enough: one huge file is not a mix.
@@ -49,10 +52,15 @@ class SiteText:
 def standard_library_files() -> list[Path]:
     """The Python sources of this interpreter's standard library (tests too, where installed), sorted.
 
-    Raises DataError where there are none.
+    Without folders of near copies, which would be learnt from in one part and evaluated on in another. Raises DataError
+    where there are none.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in _walk(root) if path.suffix == ".py" and _is_text(path)]
+    files = [
+        path
+        for path in _walk(root)
+        if path.suffix == ".py" and path.relative_to(root).parts[0] not in _NEAR_COPIES and _is_text(path)
+    ]
     if not files:
         raise DataError(f"no standard library sources in {root}: give files or folders of text with --data")
     return files

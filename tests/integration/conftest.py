@@ -22,7 +22,7 @@ from p2pcodistill.group.lifeline import adopt_orphans
 from p2pcodistill.identity import Identity
 from p2pcodistill.telemetry import EventTail, Record
 
-DEADLINE_S = 60.0
+DEADLINE_S = 100.0
 TINY = {
     "task": {
         "embedding_size": 8,
@@ -110,8 +110,11 @@ class Site:
 
     async def wait(self) -> int:
         assert self.process is not None
-        async with asyncio.timeout(DEADLINE_S):
-            return await self.process.wait()
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                return await self.process.wait()
+        except TimeoutError:
+            raise AssertionError(f"{self.name} did not end:\n{self.log()}") from None
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         assert self.process is not None
@@ -194,11 +197,18 @@ class Sites:
                 "listen": f"tcp://127.0.0.1:{site.port}",
                 "peers": peers,
                 "task": {"data": [str(self.folder / f"{site.name}.txt")]},
-                "training": {"seed": index},
             }
             site.write(merged(TINY, own, tables))
         self.all += made
         return made
+
+    def elsewhere(self, name: str) -> Sites:
+        """A folder of its own, where sites of the same names can be made; cleaned with this one."""
+        folder = self.folder / name
+        folder.mkdir()
+        other = Sites(folder)
+        other.all = self.all
+        return other
 
     async def clean(self) -> list[psutil.Process]:
         """Kill the nodes that still run, and only them; the processes that did not go with their node."""

@@ -10,7 +10,12 @@ RECORD_SWAPS = Path(__file__).with_name("record_swaps.py")
 
 
 async def test_two_sites_codistil_a_language_model_and_leave_together(sites):
-    berlin, tokyo = sites.make("berlin", "tokyo", training={"num_steps": 4000})
+    berlin, tokyo = sites.make(
+        "berlin",
+        "tokyo",
+        training={"num_steps": 2000, "report_interval_steps": 50},
+        codistillation={"exchange_interval_steps": 50},
+    )
     await berlin.start()
     await tokyo.start()
     assert (await berlin.wait(), await tokyo.wait()) == (0, 0), berlin.log() + tokyo.log()
@@ -20,7 +25,7 @@ async def test_two_sites_codistil_a_language_model_and_leave_together(sites):
         versions = [(record["incarnation"], record["teacher_step"]) for record in swaps]
         assert versions == sorted(versions) and len(set(versions)) == len(versions)
         assert any(record["distillation_loss"] is not None for record in site.all("step-measured"))
-        assert site.all("frame-published")[-1]["step"] == 4000
+        assert site.all("frame-published")[-1]["step"] == 2000
         assert site.all("training-ended")[-1]["finished"]
         assert site.all("node-stopped")[-1]["reason"] == "finished"
         assert not site.all("refused") and not site.all("teacher-refused")

@@ -145,7 +145,7 @@ def test_a_run_root_that_cannot_be_used_is_a_user_error(tmp_path: Path) -> None:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "latest"]
 
 
-@pytest.mark.parametrize("group", [{}, {"num_threads": 1}, {"num_ranks": 2, "script": "train.py"}])
+@pytest.mark.parametrize("group", [{}, {"num_threads": 1}, {"num_ranks": 2, "device": "cpu"}])
 def test_the_written_scenario_is_the_scenario(corpus: Path, tmp_path: Path, group: dict[str, Any]) -> None:
     scenario = load(corpus.parent, group=group, seeds=[1, 2], topology="ring")
     path = tmp_path / "again.toml"
@@ -227,7 +227,6 @@ def test_arms_differ_in_peers_and_data_only(scenario: ScenarioConfig, tmp_path: 
     pooled, berlin = configs["pooled-seed0", "pooled"], configs["alone-seed0", "berlin"]
     assert pooled.training == berlin.training
     assert pooled.task == berlin.task.model_copy(update={"data": pooled.task.data})
-    assert berlin.training.seed != configs["alone-seed0", "tokyo"].training.seed
 
 
 def test_what_the_group_will_read_is_the_split_text_to_the_byte(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from p2pcodistill.simulation.jobs import (
     make_jobs,
     plan,
     startable,
-    training_seed,
 )
 from p2pcodistill.simulation.scenario import ArmConfig, ScenarioConfig
 
@@ -41,16 +39,8 @@ def test_a_lone_site_is_the_codistilled_one_without_peers() -> None:
         (together,) = [job.sites for job in of_seed if job.arm.kind == "codistilled"]
         assert together == tuple(job.sites[0] for job in of_seed if job.arm.kind == "alone")
         (pooled,) = [job.sites[0] for job in of_seed if job.arm.kind == "pooled"]
-        assert pooled == SiteRun("pooled", together[0].training_seed, ("a", "b", "c"))
+        assert pooled == SiteRun("pooled", ("a", "b", "c"))
         assert [site.shards for site in together] == [("a",), ("b",), ("c",)]
-
-
-def test_every_site_and_seed_has_a_training_seed_of_its_own() -> None:
-    seeds = {training_seed(seed, index) for seed in range(20) for index in range(20)}
-    assert len(seeds) == 400
-    assert all(0 <= seed < 2**31 for seed in seeds)
-    near = sorted(seeds)
-    assert min(b - a for a, b in itertools.pairwise(near)) > 64, "ranks count up from their site's seed"
 
 
 def test_cost_grows_with_teachers_and_cores_with_ranks() -> None:
@@ -93,7 +83,7 @@ JOBS = st.lists(
         lambda index, num_sites, num_ranks, cost: Job(
             arm=ArmConfig(name=f"arm{index}", kind="codistilled"),
             seed=index,
-            sites=tuple(SiteRun(f"s{n}", n, (f"s{n}",)) for n in range(num_sites)),
+            sites=tuple(SiteRun(f"s{n}", (f"s{n}",)) for n in range(num_sites)),
             num_ranks_per_site=num_ranks,
             num_threads=1,
             cost=cost,

@@ -76,6 +76,7 @@ def test_defaults_fit_any_number_of_sites(tmp_path: Path) -> None:
         ({"task": {"data": ["corpus"]}}, r"task.data is decided .* data.paths"),
         ({"task": {"held_out": ["corpus"]}}, r"task.held_out is decided .* data.max_held_out_bytes"),
         ({"task": {"max_data_bytes": 9}}, r"task.max_data_bytes is decided .* data.max_bytes_per_site"),
+        ({"group": {"script": "train.py"}}, r"group.script is decided .* p2pcodistill node"),
         ({"task": {"max_held_out_bytes": 9}}, r"max_held_out_bytes is decided .* data.max_held_out_bytes"),
         ({"training": {"seed": 1}}, r"training.seed is decided .* seeds = \[0\]"),
         ({"training": {"num_step": 1}}, "unknown key 'training.num_step': did you mean 'num_steps'"),
@@ -129,10 +130,9 @@ def test_paths_in_the_file_and_in_overrides_mean_its_folder(tmp_path: Path) -> N
     (tmp_path / "ours.edgelist").write_text("berlin tokyo\n")
     content = table(topology="ours.edgelist", data={"paths": ["corpus", "/absolute"]})
     path = write(tmp_path, content)
-    scenario = load_scenario(path, ["group.script=train.py", "training.num_steps=7"])
+    scenario = load_scenario(path, ["training.num_steps=7"])
     assert scenario.topology == str(tmp_path / "ours.edgelist")
     assert scenario.data.paths == (tmp_path / "corpus", Path("/absolute"))
-    assert scenario.group.script == tmp_path / "train.py"
     assert scenario.training.num_steps == 7
     with pytest.raises(ConfigError, match="KEY=VALUE"):
         load_scenario(path, ["training.num_steps"])
