@@ -1,11 +1,13 @@
 """The command line: parse, call one function, turn errors into one line and an exit status.
 
-Exit status: 0 finished; 2 something the user can mend (one line on standard error says what); 128 + signal when stopped.
+Exit status: 0 finished; 2 something the user can mend (one line on standard error says what); 128 + signal when stopped;
+1 and a traceback for what should not have happened.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"p2pcodistill: {error}", file=sys.stderr)
         return USER_ERROR_STATUS
+    except (
+        OSError
+    ) as error:  # a folder in place of a file, a full disk, a permission: the system says what and where
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"p2pcodistill: {where}{error.strerror or error}", file=sys.stderr)
+        return USER_ERROR_STATUS
+    except KeyboardInterrupt:  # while starting or reporting; a node that runs stops in order
+        return 128 + signal.SIGINT
     return status
 
 
@@ -97,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     node.add_argument("--run", metavar="RUN", help="name of the run; all its nodes use the same")
     node.add_argument("--run-folder", metavar="FOLDER", help="where this run lives (default: runs/RUN-NAME)")
     _add_set(node)
-    node.add_argument("--die-with-parent", action="store_true", help=argparse.SUPPRESS)
+    node.add_argument("--die-with-parent", metavar="PID", type=int, help=argparse.SUPPRESS)
     node.set_defaults(call=_node)
 
     simulate = commands.add_parser(
@@ -149,16 +159,16 @@ def _keygen(options: argparse.Namespace) -> int:
 
 
 def _node(options: argparse.Namespace) -> int:
+    if options.die_with_parent is not None:
+        from p2pcodistill.group.lifeline import die_with_parent
+
+        die_with_parent(options.die_with_parent)
     import asyncio
 
     from p2pcodistill.node import Node
     from p2pcodistill.report.live import make_view
     from p2pcodistill.tasks.text import require_text_files
 
-    if options.die_with_parent:
-        from p2pcodistill.group.lifeline import die_with_parent
-
-        die_with_parent()
     config, base_folder = _node_config(options)
     if config.group.script is None:
         require_text_files(

@@ -11,16 +11,18 @@ import difflib
 import json
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
-from p2pcodistill.errors import ConfigError, UserError
+from p2pcodistill.errors import ConfigError, IdentityError, UserError
 from p2pcodistill.identity import PublicIdentity, check_site_name
 
 MAX_CONFIG_FILE_BYTES = 1 << 20
+_MAX_SHOWN_CHARS = 80
 
 
 class StrictModel(BaseModel):
@@ -29,9 +31,21 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
-SiteName = Annotated[
-    str, BeforeValidator(lambda name: check_site_name(name) if isinstance(name, str) else name)
-]
+def _accepted_by(check: Callable[[str], object]) -> BeforeValidator:
+    """Refuses the text that `check` does, in its words; what is no text is the model's to refuse."""
+
+    def validate(value: object) -> object:
+        try:
+            if isinstance(value, str):
+                check(value)
+        except UserError as error:
+            raise PydanticCustomError("user_error", "{why}", {"why": str(error)}) from None
+        return value
+
+    return BeforeValidator(validate)
+
+
+SiteName = Annotated[str, _accepted_by(check_site_name)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -142,14 +156,14 @@ class PeerConfig(StrictModel):
 
     name: SiteName
     """The peer's name."""
-    public_identity: str
+    public_identity: Annotated[str, _accepted_by(PublicIdentity.parse)]
     """The line that `p2pcodistill keygen` printed at the peer's site."""
     address: str | None = None
     """Where the peer listens, `tcp://host:port`; leave it out for a peer that dials us (behind NAT)."""
 
     @property
     def identity(self) -> PublicIdentity:
-        """The parsed public identity; raises IdentityError."""
+        """The parsed public identity."""
         return PublicIdentity.parse(self.public_identity)
 
 
@@ -172,6 +186,8 @@ class NodeConfig(StrictModel):
     """The other members, each a table `[[peers]]`; none for a site alone."""
     members: tuple[SiteName, ...] = ()
     """All sites in the order that every node uses; sorted by name by default. Matters for `ring`."""
+    max_frame_bytes: PositiveInt = 4 << 30
+    """Refuse a teacher's checkpoint that is larger than this on the wire."""
     linger_s: NonNegativeFloat = 600.0
     """How long a finished site serves its last checkpoint to neighbours that have not finished."""
     group: GroupConfig = GroupConfig()
@@ -210,6 +226,8 @@ class GroupSpec(StrictModel):
     """Where the ranks keep their training checkpoints."""
     model_path: Path
     """Where the reference loop writes the final model (safetensors)."""
+    error_path: Path
+    """Where a rank writes the one line about what only the user can mend, before it gives up."""
     teachers: dict[str, float]
     """Weight of each teacher, by name."""
     num_students: NonNegativeInt
@@ -231,29 +249,59 @@ Model = TypeVar("Model", bound=StrictModel)
 def load_toml(path: Path) -> dict[str, Any]:
     """The table in the TOML file `path`. Raises ConfigError that names the file."""
     try:
-        if path.stat().st_size > MAX_CONFIG_FILE_BYTES:
-            raise ConfigError(
-                f"{path} is larger than {MAX_CONFIG_FILE_BYTES >> 20} MiB: not a configuration file"
-            )
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG_FILE_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"no such file: {path}") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    if len(raw) > MAX_CONFIG_FILE_BYTES:
         raise ConfigError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
-        ) from None
+            f"{path} is larger than {MAX_CONFIG_FILE_BYTES >> 20} MiB: not a configuration file"
+        )
+    try:
+        return _parse_toml(raw.decode(), source=str(path))
+    except UnicodeDecodeError:
+        raise ConfigError(f"cannot read {path}: it is not UTF-8 text") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def _parse_toml(text: str, *, source: str) -> dict[str, Any]:
+    """Raises TOMLDecodeError, and ConfigError for TOML beyond what Python's parser can take."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:
+        raise _excessive(source, error) from None
+
+
+def _excessive(source: str, error: RecursionError | ValueError) -> ConfigError:
+    match error:
+        case RecursionError():
+            why = "its values are nested too deeply"
+        case UnicodeEncodeError():
+            why = "it is not Unicode text"
+        case _:  # of Python's own limit on converting between text and integers
+            why = "it holds a number with too many digits"
+    return ConfigError(f"{source}: {why}")
 
 
 def parse_model(model: type[Model], table: Mapping[str, Any], *, source: str) -> Model:
     """`table` as a `model`. Raises ConfigError: one line that names `source`, the key and what to write instead."""
     try:
+        document = json.dumps(table, default=str, ensure_ascii=False).encode()
+    except (RecursionError, ValueError) as error:
+        raise _excessive(source, error) from None
+    try:
         # Through JSON, so that strict mode takes arrays for tuples and strings for paths, and nothing else.
-        return model.model_validate_json(json.dumps(table, default=str))
+        return model.model_validate_json(document)
     except ValidationError as error:
         # A misspelt key is also a missing one: name the misspelling.
         first, *others = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+        if first["type"] == "json_invalid":  # it is valid, but pydantic takes fewer levels than `json`
+            raise _excessive(source, RecursionError()) from None
         more = f" (and {len(others)} more)" if others else ""
         raise ConfigError(f"{source}: {_describe(model, first)}{more}") from None
     except UserError as error:
@@ -272,8 +320,14 @@ def _describe(model: type[StrictModel], error: Any) -> str:
         return f"the key {key!r} is missing"
     message = str(error["msg"]).removeprefix("Value error, ")
     given = error.get("input")
-    shown = f", got {given!r}" if isinstance(given, str | int | float | bool) else ""
+    # This package's own messages show what was given where that helps.
+    is_shown = isinstance(given, str | int | float | bool) and error["type"] != "user_error"
+    shown = f", got {_shorten(repr(given))}" if is_shown else ""
     return f"{key}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[: _MAX_SHOWN_CHARS - 3]}..."
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
@@ -298,23 +352,26 @@ def _model_in(annotation: Any) -> Any:
 def override(table: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """`table` with each `dotted.key=value` of the command line's `--set` applied; values are TOML, else plain text.
 
-    Raises ConfigError for an assignment that has no `=` or that leads into something that is not a table.
+    `table` stays as it is, and the result shares with it what is the same. Raises ConfigError for an assignment that has
+    no `=`, that leads into something that is not a table or whose value is beyond what a configuration can hold.
     """
-    result: dict[str, Any] = json.loads(json.dumps(table, default=str))
+    result = dict(table)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set takes KEY=VALUE, got {assignment!r}")
         try:
-            value = tomllib.loads(f"value = {text}")["value"]
+            value = _parse_toml(f"value = {text}", source=f"--set {key.strip()}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
         *parents, last = key.strip().split(".")
         current = result
         for parent in parents:
-            current = current.setdefault(parent, {})
-            if not isinstance(current, dict):
+            inner = current.get(parent, {})
+            if not isinstance(inner, dict):
                 raise ConfigError(f"--set {key}: {parent!r} is not a table")
+            current[parent] = dict(inner)
+            current = current[parent]
         current[last] = value
     return result
 
@@ -330,9 +387,10 @@ def parse_peer(text: str) -> PeerConfig:
         raise ConfigError(
             f"--peers {text!r}: write NAME=tcp://HOST:PORT#PUBLIC-IDENTITY, in quotes where the shell treats # specially"
         )
-    peer = PeerConfig(name=check_site_name(name), public_identity=identity, address=address or None)
+    check_site_name(name)
     try:
-        _ = peer.identity
-    except UserError as error:
+        PublicIdentity.parse(identity)
+    except IdentityError as error:
         raise ConfigError(f"--peers {name}: {error}") from None
-    return peer
+    table = {"name": name, "public_identity": identity, "address": address or None}
+    return parse_model(PeerConfig, table, source=f"--peers {name}")

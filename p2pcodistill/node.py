@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import os
@@ -23,16 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from p2pcodistill.checkpoint.manifest import (
-    DEFAULT_CHUNK_BYTES,
-    Manifest,
-    Version,
-    digest_chunks,
-    sign_manifest,
-)
 from p2pcodistill.checkpoint.store import FrameStore, StoredFrame
 from p2pcodistill.config import GroupSpec, NodeConfig
-from p2pcodistill.errors import MalformedError, RefusedError, RunFolderError
+from p2pcodistill.errors import MalformedError, OversizedError, RefusedError, RunFolderError
 from p2pcodistill.gossip import protocol as gossip
 from p2pcodistill.gossip.messages import Chunk, Gone, encode_message, lane_of
 from p2pcodistill.group.lifeline import adopt_orphans
@@ -42,16 +34,17 @@ from p2pcodistill.group.link import (
     FrameOffered,
     FrameReady,
     Joined,
+    Left,
     NodeLink,
     StopRequested,
     Welcome,
 )
 from p2pcodistill.group.supervise import StopSwitch, Supervisor, first_of
 from p2pcodistill.identity import Identity, PublicIdentity
+from p2pcodistill.publisher import Publisher
 from p2pcodistill.runfolder import RunFolder
 from p2pcodistill.telemetry import (
     EventLog,
-    FramePublished,
     NodeStarted,
     NodeStopped,
     Record,
@@ -60,9 +53,14 @@ from p2pcodistill.telemetry import (
 )
 from p2pcodistill.topology import build_topology
 from p2pcodistill.transport.base import Closed, Opened, Received, Rejected
+from p2pcodistill.transport.refusals import RefusalLog
 from p2pcodistill.transport.zeromq import PeerEndpoint, ZeroMQTransport
 
 TICK_S = 1.0
+REFUSAL_INTERVAL_S = 1.0
+LAST_WORDS_TIMEOUT_S = 20.0
+MIN_TRAFFIC_BYTES = 4096
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +112,27 @@ class Node:
             incarnation=self._store.incarnation,
             stored={member: frame.signed for member, frame in stored.items()},
             pinned_schemas={m: pin for m in members if (pin := self._store.pinned_schema(m)) is not None},
+            max_frame_bytes=config.max_frame_bytes,
         )
         self._gossip_lock = asyncio.Lock()
+        self._refusals = RefusalLog(self._report_refusal, REFUSAL_INTERVAL_S)
+        self._publisher = Publisher(
+            config.name,
+            config.run,
+            identity=self._identity,
+            store=self._store,
+            outbox=self._folder.outbox,
+            events=self._events,
+            gossip_lock=self._gossip_lock,
+            announce=lambda signed: self._feed_locked(gossip.FramePublished(signed)),
+        )
+        self._ranks_left = asyncio.Event()
         self._offered: dict[str, list[StoredFrame]] = {
             origin: [frame] for origin, frame in stored.items() if origin in self._teachers
         }
         self._gossip_moved = asyncio.Event()
         self._stop = StopSwitch(self._events)
-        self._last_traffic: TrafficMeasured | None = None
+        self._num_bytes_reported = 0
 
     def _describe(self) -> dict[str, object]:
         """What must be the same whenever this run goes on in its folder: all that training depends on."""
@@ -142,42 +153,43 @@ class Node:
     # --- life ------------------------------------------------------------------------------------------------------
 
     async def run(self) -> Outcome:
-        """Listen, train, exchange, finish, leave. Raises UserError (port in use, workers that keep failing)."""
+        """Listen, train, exchange, finish, leave. Raises UserError (port in use, full disk, workers that keep failing)."""
         adopt_orphans()
         outcome = Outcome("failed", 1)
-        try:
-            await self._transport.open()
-            link_address = self._link.open()
-            self._events.write(
-                NodeStarted(
-                    site=self._config.name,
-                    run=self._config.run,
-                    listen=self._transport.listen_address,
-                    incarnation=self._store.incarnation,
-                    neighbours=list(self._neighbours),
-                    pid=os.getpid(),
+        with self._stop.on_signals():
+            try:
+                await self._transport.open()
+                link_address = self._link.open()
+                self._events.write(
+                    NodeStarted(
+                        site=self._config.name,
+                        run=self._config.run,
+                        listen=self._transport.listen_address,
+                        incarnation=self._store.incarnation,
+                        neighbours=list(self._neighbours),
+                        pid=os.getpid(),
+                    )
                 )
-            )
-            with self._stop.on_signals():
                 outcome = await self._run_tasks(link_address)
-        except BaseExceptionGroup as errors:
-            raise self._explain(_first_leaf(errors)) from errors
-        finally:
-            with contextlib.suppress(OSError):  # a full disk is told by the error that ended the tasks
-                self._report_traffic()
-                self._events.write(NodeStopped(site=self._config.name, reason=outcome.reason))
-            await self._transport.close()
-            self._link.close()
-            self._store.close()
-            self._events.close()
-            self._folder.close()
+            except BaseExceptionGroup as errors:
+                raise self._explain(_first_leaf(errors)) from errors
+            finally:
+                with contextlib.suppress(OSError):  # a full disk is told by the error that ended the tasks
+                    self._refusals.flush(float("inf"))
+                    self._report_traffic()
+                    self._events.write(NodeStopped(site=self._config.name, reason=outcome.reason))
+                await self._transport.close()
+                self._link.close()
+                self._store.close()
+                self._events.close()
+                self._folder.close()
         return outcome
 
     async def _run_tasks(self, link_address: str) -> Outcome:
         async with asyncio.TaskGroup() as tasks:
             pumps = [
-                tasks.create_task(pump(), name=pump.__name__)
-                for pump in (self._pump_transport, self._pump_link, self._pump_ticks)
+                tasks.create_task(pump(), name=pump.__qualname__)
+                for pump in (self._pump_transport, self._pump_link, self._pump_ticks, self._publisher.run)
             ]
             outcome = await self._supervise(link_address)
             for pump in pumps:
@@ -185,7 +197,7 @@ class Node:
         return outcome
 
     def _explain(self, error: BaseException) -> BaseException:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
             return RunFolderError(
                 f"the disk that holds {self._folder.path} is full: make room, then run the same command again; "
                 "what was complete is kept"
@@ -199,6 +211,11 @@ class Node:
             self._config.group, self._events, self._folder.group_spec, self._folder.group_log, self._stop
         )
         finished = await supervisor.run(lambda: self._prepare_launch(link_address), self._ask_ranks_to_stop)
+        if self._link.joined:  # what rank 0 said last may still be on its way
+            await first_of(self._ranks_left, self._stop.at_once, timeout_s=LAST_WORDS_TIMEOUT_S)
+            drained = asyncio.create_task(self._publisher.drained())
+            await first_of(drained, self._stop.at_once)
+            drained.cancel()
         if finished:
             await self._feed(gossip.TrainingFinished())
             await self._linger()
@@ -209,9 +226,12 @@ class Node:
     async def _prepare_launch(self, link_address: str) -> GroupSpec:
         """What the ranks of the next launch are told."""
         # They may train the same steps again from a checkpoint: their versions must be newer than the last launch's.
-        incarnation = self._store.incarnation + 1
-        self._store.save_incarnation(incarnation)
-        await self._feed(gossip.IncarnationRaised(incarnation))
+        async with self._gossip_lock:
+            incarnation = self._store.incarnation + 1
+            self._store.save_incarnation(incarnation)
+            await self._feed_locked(gossip.IncarnationRaised(incarnation))
+            self._publisher.begin_launch()
+        self._ranks_left.clear()
         token = secrets.token_hex(8)
         self._link.expect(token)
         members = list(self._keys)
@@ -222,6 +242,7 @@ class Node:
             outbox_folder=self._folder.outbox,
             training_folder=self._folder.training,
             model_path=self._folder.model,
+            error_path=self._folder.group_error,
             teachers=self._teachers,
             num_students=len(self._topology.students_of(self._config.name)),
             shard_index=members.index(self._config.name),
@@ -264,13 +285,14 @@ class Node:
                     await self._feed(gossip.PeerClosed(peer, why))
                 case Received(peer, _, payload):
                     await self._feed(gossip.PayloadReceived(peer, payload))
-                case Rejected(peer_or_none, reason, why, num_times):
-                    self._events.write(Refused(peer_or_none, reason, why, num_times))
+                case Rejected() as rejected:  # the transport tells of them at a bearable rate
+                    self._report_refusal(rejected)
 
     async def _pump_ticks(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
             await self._feed(gossip.Ticked())
+            self._refusals.flush(time.monotonic())
             self._report_traffic()
             in_use = set(self._gossip.frames_in_use(time.monotonic()))
             in_use.update(stored.signed.frame_id for kept in self._offered.values() for stored in kept)
@@ -279,13 +301,33 @@ class Node:
     async def _feed(self, event: gossip.Event) -> None:
         """Hand one event to gossip and do what it decides, including what follows from that."""
         async with self._gossip_lock:
-            events = [event]
-            while events:
-                for action in self._gossip.handle(events.pop(0), time.monotonic()):
+            await self._feed_locked(event)
+
+    async def _feed_locked(self, event: gossip.Event) -> None:
+        events = [event]
+        while events:
+            for action in self._gossip.handle(events.pop(0), time.monotonic()):
+                try:
                     follow_up = await self._perform(action)
-                    if follow_up is not None:
-                        events.append(follow_up)
+                except OSError as error:
+                    follow_up = self._fetch_refused(action, error)
+                if follow_up is not None:
+                    events.append(follow_up)
         self._gossip_moved.set()
+
+    @staticmethod
+    def _fetch_refused(action: gossip.Action, error: OSError) -> gossip.Event:
+        """What no room on the disk means for a teacher's frame: training goes on with the teachers that there are."""
+        if error.errno not in _NO_ROOM:
+            raise error
+        match action:
+            case gossip.BeginFetch(signed):
+                frame_id = signed.frame_id
+            case gossip.StoreChunk(frame_id) | gossip.CompleteFrame(frame_id):
+                pass
+            case _:
+                raise error
+        return gossip.FetchRefused(frame_id, OversizedError.reason, f"no room for it: {error.strerror}")
 
     async def _perform(self, action: gossip.Action) -> gossip.Event | None:
         match action:
@@ -293,7 +335,8 @@ class Node:
                 self._transport.send(peer, lane, payload)
             case gossip.BeginFetch(signed):
                 try:
-                    return gossip.FetchBegun(signed.frame_id, self._store.begin(signed))
+                    present = await asyncio.to_thread(self._store.begin, signed)
+                    return gossip.FetchBegun(signed.frame_id, present)
                 except RefusedError as error:
                     return gossip.FetchRefused(signed.frame_id, error.reason, str(error))
             case gossip.StoreChunk(frame_id, index, data):
@@ -307,10 +350,13 @@ class Node:
                 served = self._store.read_chunk(frame_id, index)
                 answer = Gone(frame_id) if served is None else Chunk(frame_id, index, served)
                 self._transport.send(peer, lane_of(answer), encode_message(answer))
+                await asyncio.sleep(0)  # a want may ask for many
             case gossip.PinSchema(origin, schema_hash):
                 self._store.pin_schema(origin, schema_hash)
             case gossip.RaiseIncarnation(incarnation):
-                return await self._reincarnate(incarnation)
+                self._store.save_incarnation(incarnation)
+                renewed = await self._publisher.renew(incarnation)
+                return None if renewed is None else gossip.FramePublished(renewed)
             case gossip.OfferFrame(signed):
                 stored = self._store.newest(signed.manifest.origin)
                 if stored is not None:
@@ -320,23 +366,11 @@ class Node:
                         stored,
                     ]
                     await self._link.send(FrameOffered(self._offer(stored)))
+            case gossip.Report(Refused() as refused):
+                self._refusals.note(refused.peer, refused.reason, refused.why, time.monotonic())
             case gossip.Report(event):
                 self._events.write(event)
         return None
-
-    async def _reincarnate(self, incarnation: int) -> gossip.Event | None:
-        """Neighbours know this identity under a higher incarnation: take a newer one, and publish again under it."""
-        self._store.save_incarnation(incarnation)
-        newest = self._store.newest(self._config.name)
-        if newest is None:
-            return None
-        manifest = newest.signed.manifest
-        copy = self._folder.outbox / f"{newest.signed.frame_id}.again"
-        os.link(newest.path, copy)
-        renewed = dataclasses.replace(manifest, version=Version(incarnation, manifest.version.step))
-        signed = sign_manifest(renewed, self._identity)
-        await asyncio.to_thread(self._store.adopt, signed, copy)
-        return gossip.FramePublished(signed)
 
     # --- the link --------------------------------------------------------------------------------------------------
 
@@ -357,40 +391,9 @@ class Node:
                 case EventHappened(record):
                     self._events.write_record(record)
                 case FrameReady():
-                    try:
-                        await self._publish(message)
-                    except RefusedError as error:
-                        self._events.write(Refused(peer=None, reason=error.reason, why=str(error)))
-
-    async def _publish(self, ready: FrameReady) -> None:
-        """Sign, store and announce a frame that rank 0 has encoded."""
-        path = self._folder.outbox / Path(ready.path).name
-        if not path.exists():
-            raise MalformedError(f"the ranks announced {path.name}, which is not in the outbox")
-        digests = await asyncio.to_thread(digest_chunks, path, DEFAULT_CHUNK_BYTES)
-        manifest = Manifest(
-            run=self._config.run,
-            origin=self._config.name,
-            version=Version(self._store.incarnation, ready.step),
-            kind=ready.kind,
-            codec=ready.codec,
-            schema_hash=ready.schema_hash,
-            num_fp16_bytes=ready.num_fp16_bytes,
-            num_bytes=path.stat().st_size,
-            chunk_bytes=DEFAULT_CHUNK_BYTES,
-            chunk_digests=digests,
-        )
-        signed = sign_manifest(manifest, self._identity)
-        await asyncio.to_thread(self._store.adopt, signed, path)
-        self._events.write(
-            FramePublished(
-                incarnation=manifest.version.incarnation,
-                step=manifest.version.step,
-                num_bytes=manifest.num_bytes,
-                num_fp16_bytes=manifest.num_fp16_bytes,
-            )
-        )
-        await self._feed(gossip.FramePublished(signed))
+                    self._publisher.submit(message)
+                case Left():
+                    self._ranks_left.set()
 
     def _offer(self, stored: StoredFrame) -> FrameOffer:
         manifest = stored.signed.manifest
@@ -402,17 +405,25 @@ class Node:
             num_bytes=manifest.num_bytes,
         )
 
+    def _report_refusal(self, rejected: Rejected) -> None:
+        self._events.write(Refused(rejected.peer, rejected.reason, rejected.why, rejected.num_times))
+
     def _report_traffic(self) -> None:
+        """Write what has moved since the last time, if it is more than signs of life."""
         traffic = self._transport.traffic()
-        event = TrafficMeasured(
-            num_bytes_sent=sum(t.num_bytes_sent for t in traffic.values()),
-            num_bytes_received=sum(t.num_bytes_received for t in traffic.values()),
-            num_bytes_sent_by_peer={peer: t.num_bytes_sent for peer, t in traffic.items()},
-            num_bytes_received_by_peer={peer: t.num_bytes_received for peer, t in traffic.items()},
+        num_sent = sum(t.num_bytes_sent for t in traffic.values())
+        num_received = sum(t.num_bytes_received for t in traffic.values())
+        if num_sent + num_received < self._num_bytes_reported + MIN_TRAFFIC_BYTES:
+            return
+        self._num_bytes_reported = num_sent + num_received
+        self._events.write(
+            TrafficMeasured(
+                num_bytes_sent=num_sent,
+                num_bytes_received=num_received,
+                num_bytes_sent_by_peer={peer: t.num_bytes_sent for peer, t in traffic.items()},
+                num_bytes_received_by_peer={peer: t.num_bytes_received for peer, t in traffic.items()},
+            )
         )
-        if event != self._last_traffic:
-            self._last_traffic = event
-            self._events.write(event)
 
 
 def _first_leaf(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -93,6 +93,11 @@ class RunFolder:
         return self.path / "training"
 
     @property
+    def group_error(self) -> Path:
+        """What a rank said that only the user can mend."""
+        return self.path / "group-error.txt"
+
+    @property
     def model(self) -> Path:
         """The final model."""
         return self.path / "model.safetensors"

@@ -9,6 +9,7 @@ informative only, nothing is ordered by it) and the fields of its class.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -317,7 +318,7 @@ class EventLog:
 
     def __init__(self, path: Path, *subscribers: Callable[[Record], None]) -> None:
         self._file: TextIO = path.open("a+", encoding="utf-8")
-        self._subscribers = subscribers
+        self._subscribers = list(subscribers)
         if _ends_within_a_line(path):  # a killed writer tore its last line
             self._file.write("\n")
 
@@ -329,12 +330,16 @@ class EventLog:
         """Append a record that was stamped elsewhere (a rank's)."""
         self._file.write(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
         self._file.flush()
-        for subscriber in self._subscribers:
-            subscriber(record)
+        for subscriber in list(self._subscribers):
+            try:
+                subscriber(record)
+            except OSError:  # it prints into a pipe that nobody reads any more: the site goes on without it
+                self._subscribers.remove(subscriber)
 
     def close(self) -> None:
-        """Close the file; further writes raise ValueError."""
-        self._file.close()
+        """Close the file; further writes raise ValueError. What a full disk did not take was reported by `write`."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def _ends_within_a_line(path: Path) -> bool:

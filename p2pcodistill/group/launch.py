@@ -23,8 +23,10 @@ _TORCHRUN_EPITAPH = "failed (exitcode"
 class Group:
     """One launch of the workers."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, log_path: Path, log_offset_bytes: int) -> None:
         self._process = process
+        self._log_path = log_path
+        self._log_offset_bytes = log_offset_bytes
 
     @classmethod
     async def start(cls, spec: GroupSpec, spec_path: Path, log_path: Path) -> Group:
@@ -35,16 +37,16 @@ class Group:
         if spec.group.script is not None and not spec.group.script.is_file():
             raise GroupError(f"no training script {spec.group.script}: correct group.script")
         spec_path.write_text(spec.model_dump_json(indent=2))
+        spec.error_path.unlink(missing_ok=True)
         environment = os.environ | {
             GROUP_SPEC_VARIABLE: str(spec_path),
             "OMP_NUM_THREADS": str(spec.group.num_threads),
             "PYTHONUNBUFFERED": "1",
         }
-        if (
-            sys.platform == "linux"
-        ):  # the ranks of a group share a machine: keep their sockets off the network
+        if sys.platform == "linux":  # the ranks share a machine: keep their sockets off the network
             environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         with log_path.open("ab") as log:
+            log_offset_bytes = log.tell()
             process = await asyncio.create_subprocess_exec(
                 *command_of(spec),
                 stdin=asyncio.subprocess.PIPE,
@@ -53,7 +55,7 @@ class Group:
                 env=environment,
                 start_new_session=True,
             )
-        return cls(process)
+        return cls(process, log_path, log_offset_bytes)
 
     @property
     def pid(self) -> int:
@@ -76,6 +78,10 @@ class Group:
             self._process.stdin.close()
         return await self.wait()
 
+    def last_words(self) -> str:
+        """The last lines that this launch's ranks wrote, for the message about a group that failed."""
+        return log_tail(self._log_path, from_bytes=self._log_offset_bytes)
+
 
 def command_of(spec: GroupSpec) -> list[str]:
     """The command line of the guard and, below it, torchrun and the training script."""
@@ -83,17 +89,14 @@ def command_of(spec: GroupSpec) -> list[str]:
         training = ["-m", "p2pcodistill.group.train"]
     else:
         training = [str(spec.group.script), *spec.group.script_arguments]
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr",
-        "127.0.0.1",
-        "--max-restarts",
-        "0",
-    ]
-    ranks = ["--nproc-per-node", str(spec.group.num_ranks)]
-    return [sys.executable, "-m", "p2pcodistill.group.guard", sys.executable, *torchrun, *ranks, *training]
+    # torchrun unpickles what its rendezvous store holds, and a TCP store listens on every interface for anyone: the
+    # rendezvous of a group is a file in a folder that only this user can enter.
+    rendezvous = Path(spec.link_address.removeprefix("ipc://")).with_name(f"rendezvous-{spec.link_token}")
+    torchrun = ["-m", "torch.distributed.run", "--max-restarts", "0"]
+    torchrun += ["--nproc-per-node", str(spec.group.num_ranks), "--local-addr", "127.0.0.1"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file"]
+    torchrun += ["--rdzv-endpoint", str(rendezvous), "--rdzv-id", spec.link_token]
+    return [sys.executable, "-m", "p2pcodistill.group.guard", sys.executable, *torchrun, *training]
 
 
 def restart_delay_s(initial_s: float, num_restarts: int) -> float:
@@ -101,13 +104,13 @@ def restart_delay_s(initial_s: float, num_restarts: int) -> float:
     return float(min(initial_s * 2**num_restarts, MAX_RESTART_DELAY_S))
 
 
-def log_tail(path: Path, *, max_lines: int = 12) -> str:
-    """The last lines that a rank wrote, for the message about a group that failed; empty if there is no log."""
+def log_tail(path: Path, *, max_lines: int = 12, from_bytes: int = 0) -> str:
+    """The last lines of a log behind `from_bytes`, without torchrun's report; empty if there is no log."""
     if not path.exists():
         return ""
     with path.open("rb") as log:
-        log.seek(0, os.SEEK_END)
-        log.seek(max(0, log.tell() - _LOG_TAIL_BYTES))
+        end_bytes = log.seek(0, os.SEEK_END)
+        log.seek(max(from_bytes, end_bytes - _LOG_TAIL_BYTES))
         lines = log.read().decode(errors="replace").splitlines()
     epitaphs = [index for index, line in enumerate(lines) if _TORCHRUN_EPITAPH in line]
     return "\n".join(lines[: epitaphs[-1] if epitaphs else None][-max_lines:])

@@ -24,11 +24,11 @@ def die_with_parent(expected_parent_pid: int | None = None) -> None:
     """Have the kernel kill this process (SIGKILL) as soon as its parent dies; exit now if that has happened already.
 
     Every rank calls this before anything else. `expected_parent_pid` closes the race with a parent that died before the
-    call; without it, a process that was handed to init exits.
+    call.
     """
+    parent_pid = os.getppid() if expected_parent_pid is None else expected_parent_pid
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = os.getppid()
-    if parent == 1 if expected_parent_pid is None else parent != expected_parent_pid:
+    if os.getppid() != parent_pid:
         os._exit(1)
 
 

@@ -8,10 +8,11 @@ the group has a token, so that a rank of an earlier launch cannot speak for this
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
-import shutil
 import socket
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
@@ -24,11 +25,14 @@ import zmq
 import zmq.asyncio
 
 from p2pcodistill.errors import GroupError, MalformedError
-from p2pcodistill.telemetry import Record
+from p2pcodistill.telemetry import Record, from_record
+
+_logger = logging.getLogger("p2pcodistill")
 
 MAX_LINK_MESSAGE_BYTES = 1 << 20
 _MAX_IPC_PATH_BYTES = 107
 _CONNECT_RETRY_MS = 100
+_FOLDER_PREFIX = "p2pcodistill-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,11 @@ class EventHappened:
 
 
 @dataclass(frozen=True, slots=True)
+class Left:
+    """rank -> node, last message: all that this launch had to say has been said."""
+
+
+@dataclass(frozen=True, slots=True)
 class Welcome:
     """node -> rank, answer to `Joined`: what the node holds for the teachers now."""
 
@@ -87,9 +96,17 @@ class StopRequested:
     """node -> rank: agree on a step, checkpoint and exit."""
 
 
-RankMessage: TypeAlias = Joined | FrameReady | EventHappened
+RankMessage: TypeAlias = Joined | FrameReady | EventHappened | Left
 NodeMessage: TypeAlias = Welcome | FrameOffered | StopRequested
-_TYPES: tuple[type[Any], ...] = (Joined, FrameReady, EventHappened, Welcome, FrameOffered, StopRequested)
+_TYPES: tuple[type[Any], ...] = (
+    Joined,
+    FrameReady,
+    EventHappened,
+    Left,
+    Welcome,
+    FrameOffered,
+    StopRequested,
+)
 
 
 def encode_link_message(message: RankMessage | NodeMessage) -> bytes:
@@ -112,12 +129,22 @@ def decode_link_message(data: bytes) -> RankMessage | NodeMessage:
             return Welcome(tuple(FrameOffer(*offer) for offer in fields[0]))
         if cls is FrameOffered:
             return FrameOffered(FrameOffer(*fields[0]))
-        if cls is EventHappened and not isinstance(fields[0], dict):
-            raise ValueError("a record is a map")
+        if cls is EventHappened:
+            from_record(dict(fields[0]))
         message: RankMessage | NodeMessage = cls(*fields)
+        if isinstance(message, FrameReady):
+            _check_frame_ready(message)
         return message
     except (ValueError, TypeError, IndexError, msgpack.UnpackException) as error:
         raise MalformedError(f"not a link message: {error}") from None
+
+
+def _check_frame_ready(ready: FrameReady) -> None:
+    texts, numbers = (ready.path, ready.kind, ready.codec), (ready.step, ready.num_fp16_bytes)
+    if not (all(type(t) is str for t in texts) and all(type(n) is int for n in numbers)):
+        raise TypeError("a frame is described by texts and numbers")
+    if type(ready.schema_hash) is not bytes:
+        raise TypeError("a schema hash is bytes")
 
 
 class NodeLink:
@@ -136,14 +163,14 @@ class NodeLink:
     def open(self) -> str:
         """Bind; returns the `ipc://` address. A folder that a killed node left behind is removed."""
         if self._pointer.is_symlink():
-            shutil.rmtree(self._pointer.readlink(), ignore_errors=True)
+            _remove_own_folder(self._pointer.readlink())
             self._pointer.unlink()
         runtime_folder = os.environ.get("XDG_RUNTIME_DIR")
         if runtime_folder is not None and not (
             os.access(runtime_folder, os.W_OK) and len(runtime_folder) < 60
         ):
             runtime_folder = None
-        self._folder = Path(tempfile.mkdtemp(prefix="p2pcodistill-", dir=runtime_folder))
+        self._folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=runtime_folder))
         self._pointer.symlink_to(self._folder)
         path = self._folder / "link"
         if len(os.fsencode(path)) > _MAX_IPC_PATH_BYTES:
@@ -172,7 +199,7 @@ class NodeLink:
                 return message
             if sender != self._rank:
                 continue
-            if isinstance(message, FrameReady | EventHappened):
+            if isinstance(message, FrameReady | EventHappened | Left):
                 return message
             raise MalformedError(f"rank 0 sent a {type(message).__name__}")
 
@@ -189,8 +216,22 @@ class NodeLink:
         self._socket.close()
         self._context.term()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            _remove_own_folder(self._folder)
             self._pointer.unlink(missing_ok=True)
+
+
+def _remove_own_folder(folder: Path) -> None:
+    """Remove a folder that a `NodeLink` made, and nothing else, whatever a pointer in a run folder says."""
+    with contextlib.suppress(OSError):
+        found = folder.lstat()
+        if (
+            folder.name.startswith(_FOLDER_PREFIX)
+            and found.st_uid == os.getuid()
+            and stat.S_ISDIR(found.st_mode)
+        ):
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
 
 
 class RankLink:
@@ -229,6 +270,7 @@ class RankLink:
         if not self._thread.is_alive():
             return
         self._linger_ms = int(timeout_s * 1000)
+        self._enqueue(encode_link_message(Left()))
         self._enqueue(None)
         self._thread.join()
         self._wake_read.close()
@@ -258,7 +300,10 @@ class RankLink:
                             return
                         dealer.send(data)
                 if dealer in ready:
-                    self._dispatch(decode_link_message(dealer.recv()))
+                    try:
+                        self._dispatch(decode_link_message(dealer.recv()))
+                    except MalformedError as error:  # this thread must live: it brings the wish to stop
+                        _logger.warning("from the node: %s", error)
         finally:
             dealer.close(linger=self._linger_ms)
             context.term()

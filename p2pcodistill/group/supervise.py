@@ -11,13 +11,13 @@ from typing import Any
 
 from p2pcodistill.config import GroupConfig, GroupSpec
 from p2pcodistill.errors import GroupError
-from p2pcodistill.group.launch import Group, log_tail, restart_delay_s
+from p2pcodistill.group.launch import Group, restart_delay_s
 from p2pcodistill.group.lifeline import kill_descendants
 from p2pcodistill.telemetry import EventLog, GroupExited, GroupStarted, NodeStopping
 
 
 class StopSwitch:
-    """Who wants the node to stop: the first SIGINT or SIGTERM sets `requested`, a second one `at_once`."""
+    """Who wants the node to stop: the first SIGINT, SIGTERM or SIGHUP sets `requested`, a second one `at_once`."""
 
     def __init__(self, events: EventLog) -> None:
         self._events = events
@@ -36,9 +36,9 @@ class StopSwitch:
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Within this context SIGINT and SIGTERM press the switch."""
+        """Within this context these signals press the switch."""
         loop = asyncio.get_running_loop()
-        handled = (signal.SIGINT, signal.SIGTERM)
+        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         for number in handled:
             loop.add_signal_handler(number, self.press, number)
         try:
@@ -65,19 +65,24 @@ class Supervisor:
         """True when the workers finished, False when they were stopped.
 
         `prepare` gives the specification of each launch; `ask_to_stop` asks the ranks to stop and says whether there is
-        anyone to wait for. Raises GroupError after `max_restarts` restarts, with the end of the workers' log.
+        anyone to wait for. Raises GroupError when a rank met what only the user can mend, and after `max_restarts`
+        restarts, with the end of the workers' log.
         """
         num_restarts = 0
         while True:
-            status = await self._run_once(await prepare(), num_restarts, ask_to_stop)
+            spec = await prepare()
+            status, last_words = await self._run_once(spec, num_restarts, ask_to_stop)
             if self._stop.requested.is_set() or status == 0:
                 self._events.write(GroupExited(exit_status=status, restart_in_s=None))
                 return not self._stop.requested.is_set()
+            if spec.error_path.exists():  # another launch would meet it again
+                self._events.write(GroupExited(exit_status=status, restart_in_s=None))
+                raise GroupError(spec.error_path.read_text().strip())
             if num_restarts >= self._config.max_restarts:
                 self._events.write(GroupExited(exit_status=status, restart_in_s=None))
                 raise GroupError(
                     f"the workers failed {num_restarts + 1} times, last with status {status}; their log is "
-                    f"{self._log_path} and ends with:\n{log_tail(self._log_path)}"
+                    f"{self._log_path} and ends with:\n{last_words}"
                 )
             delay_s = restart_delay_s(self._config.restart_delay_s, num_restarts)
             self._events.write(GroupExited(exit_status=status, restart_in_s=delay_s))
@@ -88,7 +93,7 @@ class Supervisor:
 
     async def _run_once(
         self, spec: GroupSpec, attempt: int, ask_to_stop: Callable[[], Awaitable[bool]]
-    ) -> int:
+    ) -> tuple[int, str]:
         group = await Group.start(spec, self._spec_path, self._log_path)
         self._events.write(GroupStarted(attempt=attempt, num_ranks=spec.group.num_ranks, pid=group.pid))
         ended = asyncio.create_task(group.wait(), name="group")
@@ -96,7 +101,7 @@ class Supervisor:
             await first_of(ended, self._stop.requested)
             if not ended.done() and await ask_to_stop():
                 await first_of(ended, self._stop.at_once, timeout_s=self._config.stop_grace_s)
-            return await group.kill()
+            return await group.kill(), group.last_words()
         finally:
             await group.kill()
             await ended

@@ -253,6 +253,7 @@ class NodeProcesses:
             process = await asyncio.create_subprocess_exec(
                 *self._node_command,
                 "--die-with-parent",
+                str(os.getpid()),
                 str(place.node_file.absolute()),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,

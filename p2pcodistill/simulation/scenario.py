@@ -50,7 +50,7 @@ DECIDED_BY_SIMULATION = {
     (
         "group",
         "script",
-    ): "a script of your own runs below `p2pcodistill node`; scenarios measure the reference loop",
+    ): "a script of your own runs below p2pcodistill node; scenarios measure the reference loop",
     ("group", "script_arguments"): "remove it, with group.script",
     ("training", "seed"): "list seeds = [0] at the top, from which each site gets its own",
 }

@@ -18,6 +18,7 @@ from p2pcodistill.group.link import (
     FrameOffered,
     FrameReady,
     Joined,
+    Left,
     NodeLink,
     RankLink,
     StopRequested,
@@ -25,13 +26,21 @@ from p2pcodistill.group.link import (
     decode_link_message,
     encode_link_message,
 )
+from p2pcodistill.telemetry import Evaluated, to_record
 
 OFFER = FrameOffer("tokyo", 1, 50, "/x/y.frame", 1000)
 READY = FrameReady("/out/50.frame", 50, "keyframe", "fp16+blosc2", b"h" * 32, 2000)
+
+
+def event(step: int) -> EventHappened:
+    return EventHappened(to_record(Evaluated(step=step, val_loss=1.5, duration_s=0.1), time_unix_s=0.0))
+
+
 MESSAGES = [
     Joined("token"),
     READY,
-    EventHappened({"event": "evaluated", "step": 1, "nested": {"a": [1, 2.5, None]}}),
+    event(1),
+    Left(),
     Welcome((OFFER, OFFER)),
     FrameOffered(OFFER),
     StopRequested(),
@@ -89,7 +98,7 @@ async def test_rank_zero_joins_and_both_sides_talk(node_link):
     rank = RankLink(node_link.address, "secret", on_message)
     assert await join(node_link, rank, (OFFER,)) == (OFFER,)
     assert node_link.joined
-    for message in (READY, EventHappened({"event": "x"})):
+    for message in (READY, event(1)):
         rank.send(message)
         assert await node_link.receive() == message
     await node_link.send(FrameOffered(OFFER))
@@ -104,9 +113,10 @@ async def test_closing_flushes_what_is_queued(node_link):
     rank = RankLink(node_link.address, "secret", lambda _: None)
     await join(node_link, rank)
     for step in range(200):
-        rank.send(EventHappened({"step": step}))
+        rank.send(event(step))
     closing = asyncio.create_task(asyncio.to_thread(rank.close, 10))
     received = [(await node_link.receive()).record["step"] for _ in range(200)]
+    assert await node_link.receive() == Left(), "the last word says that nothing more will come"
     await closing
     assert received == list(range(200))
 
@@ -117,14 +127,14 @@ async def test_a_rank_of_an_earlier_launch_is_not_listened_to(node_link):
     await join(node_link, old)
     node_link.expect("second")
     assert not node_link.joined
-    old.send(EventHappened({"from": "old"}))
+    old.send(event(1))
     late = RankLink(node_link.address, "first", lambda _: None)
     late_joins = asyncio.create_task(asyncio.to_thread(late.connect, 0.5))
     new = RankLink(node_link.address, "second", lambda _: None)
     await join(node_link, new)
-    old.send(EventHappened({"from": "old"}))
-    new.send(EventHappened({"from": "new"}))
-    assert (await node_link.receive()).record == {"from": "new"}
+    old.send(event(2))
+    new.send(event(3))
+    assert await node_link.receive() == event(3)
     with pytest.raises(GroupError, match="did not answer"):
         await late_joins
     for rank in (old, new):
@@ -138,7 +148,8 @@ async def test_garbage_from_a_rank_is_a_named_error(node_link):
     dealer.connect(node_link.address)
     dealer.send(encode_link_message(Joined("secret")))
     assert isinstance(await node_link.receive(), Joined)
-    for garbage in (b"\xc1", encode_link_message(StopRequested())):
+    no_path, no_event = FrameReady(3, 1, "", "", b"", 1), EventHappened({"event": "never heard of"})
+    for garbage in (b"\xc1", *map(encode_link_message, (StopRequested(), no_path, no_event))):
         dealer.send(garbage)
         with pytest.raises(MalformedError):
             await node_link.receive()
@@ -159,6 +170,18 @@ def test_the_socket_lies_in_a_private_folder_and_a_stale_one_is_removed(tmp_path
     link.close()
     assert not folder.exists() and not pointer.is_symlink()
     killed.close()
+
+
+def test_whatever_a_run_folder_points_to_only_own_folders_are_removed(tmp_path):
+    victim = tmp_path / "precious"
+    victim.mkdir()
+    (victim / "weights").write_text("a month of work")
+    pointer = tmp_path / "link"
+    pointer.symlink_to(victim)
+    link = NodeLink(pointer)
+    link.open()
+    link.close()
+    assert (victim / "weights").read_text() == "a month of work"
 
 
 def test_a_node_that_does_not_answer_is_named(tmp_path):

@@ -32,9 +32,9 @@ from p2pcodistill.telemetry import (
     EventLog, Evaluated, NodeStarted, NodeStopped, StepMeasured, TrafficMeasured, TrainingEnded, TrainingStarted)
 
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-flag, file = sys.argv[1:]
+flag, parent_pid, file = sys.argv[1:]
 assert flag == "--die-with-parent"
-die_with_parent()
+die_with_parent(int(parent_pid))
 file = Path(file)
 config = tomllib.loads(file.read_text())
 site, run = config["name"], config["run"]
