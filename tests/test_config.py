@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pcodistill.config import NodeConfig, load_toml, override, parse_model, parse_peer
+from p2pcodistill.config import (
+    MAX_CONFIG_FILE_BYTES,
+    NodeConfig,
+    load_toml,
+    override,
+    parse_model,
+    parse_peer,
+)
 from p2pcodistill.errors import ConfigError, UserError
 from p2pcodistill.identity import Identity
 
@@ -41,7 +48,22 @@ def test_a_minimal_file_has_the_documented_defaults():
         ),
         ({"name": "b", "task": {"name": "vision"}}, "task.name: .*'language-model', got 'vision'"),
         ({"name": "b", "peers": [{"name": "t", "publc_identity": "x"}]}, "did you mean 'public_identity'"),
-        ({"name": "b/c"}, "cannot name a site"),
+        ({"name": "b/c"}, "name: 'b/c' cannot name a site"),
+        ({"name": "b", "training": {"num_steps": -(10**4000)}}, r"training.num_steps: .* got -10{75}\.\.\.$"),
+        ({"name": "b", "training": {"num_steps": 10**5000}}, "a number with too many digits"),
+        ({"name": "\udcff"}, "not Unicode"),
+        (
+            {"name": "b", "peers": [{"name": "t", "public_identity": 3}]},
+            r"peers\.0\.public_identity: .* got 3",
+        ),
+        (
+            {"name": "b", "peers": [{"name": "t", "public_identity": "PASTE HERE"}]},
+            r"peers\.0\.public_identity: a public identity must start with 'p2p1-', got 'PASTE HERE'$",
+        ),
+        (
+            {"name": "b", "peers": [{"name": "t", "public_identity": PUBLIC[:-1]}]},
+            r"peers\.0\.public_identity: a public identity is incomplete or mistyped.*copy it again",
+        ),
     ],
 )
 def test_every_mistake_is_one_line_that_names_the_key(table, message):
@@ -76,6 +98,35 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load_toml(tmp_path / "binary.toml")
+    with pytest.raises(ConfigError, match=r"cannot read .*broken\.toml/below\.toml: Not a directory"):
+        load_toml(broken / "below.toml")
+    with pytest.raises(ConfigError, match=r"cannot read .*: File name too long"):
+        load_toml(tmp_path / ("x" * 300))
+    (tmp_path / "large.toml").write_bytes(b"#" * (MAX_CONFIG_FILE_BYTES + 1))
+    with pytest.raises(ConfigError, match="larger than 1 MiB"):
+        load_toml(tmp_path / "large.toml")
+
+
+EXCESSIVE = [
+    ("task=" + "1" * 5000, "a number with too many digits"),
+    ("task=0x" + "f" * 5000, "a number with too many digits"),
+    ("task=" + "[" * 3000 + "]" * 3000, "nested too deeply"),
+    ("task=" + "[" * 300 + "]" * 300, "nested too deeply"),
+    ("task=" + "[" * 3000, "nested too deeply"),
+    (".".join(["task"] * 3000) + "=1", "nested too deeply"),
+]
+
+
+@pytest.mark.parametrize(("assignment", "message"), EXCESSIVE)
+def test_values_beyond_what_python_takes_are_one_line(tmp_path, assignment, message):
+    path = tmp_path / "excessive.toml"
+    path.write_text(f'name = "b"\n{assignment}\n')
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_model(NodeConfig, load_toml(path), source=str(path))
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_model(NodeConfig, override({"name": "b"}, [assignment]), source="site.toml")
+    assert str(caught.value).startswith(("site.toml: ", "--set task: ")) and "\n" not in str(caught.value)
 
 
 def test_overrides_take_toml_values_or_plain_text():
@@ -84,7 +135,7 @@ def test_overrides_take_toml_values_or_plain_text():
     assert changed["training"] == {"num_steps": 7, "seed": 1}
     assert changed["codistillation"] == {"loss": "kl"}
     assert changed["task"] == {"data": ["x"]}
-    assert table["training"]["num_steps"] == 5
+    assert table == {"name": "b", "training": {"num_steps": 5, "seed": 1}}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +151,20 @@ def test_peers_of_the_command_line():
     assert (peer.name, peer.address) == ("tokyo", "tcp://tokyo.example:5600")
     assert str(peer.identity) == PUBLIC
     assert parse_peer(f"tokyo=#{PUBLIC}").address is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tokyo", "write NAME=tcp"),
+        ("to/kyo=#x", "'to/kyo' cannot name a site"),
+        ("tokyo=#x", "--peers tokyo: a public identity must start with"),
+        (f"tokyo=\udcff#{PUBLIC}", "--peers tokyo: it is not Unicode text"),
+    ],
+)
+def test_peers_that_make_no_sense(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_peer(text)
 
 
 @given(st.text(max_size=120))

@@ -37,7 +37,8 @@ MIN_CHUNK_BYTES = 16 * 1024
 MAX_CHUNK_BYTES = 4 * 1024 * 1024
 MAX_FRAME_BYTES = 64 * 1024**3
 MAX_MANIFEST_BYTES = 2 * 1024**2 + 4096
-"""Room for the digests of a 64 GiB frame in 1 MiB chunks, and for everything else."""
+"""Room for 65,536 digests and everything else: frames of 16 GiB in chunks of DEFAULT_CHUNK_BYTES, of 64 GiB in chunks of
+1 MiB or more."""
 
 _NUM_FIELDS = 12
 
@@ -46,7 +47,8 @@ _NUM_FIELDS = 12
 class Version:
     """Orders the checkpoints of one origin: newest wins, and no wall clock takes part.
 
-    `incarnation` counts the origin's lives without stored state (1 is the first), `step` its updates.
+    `incarnation` is one launch of the origin's workers (the first is 1, each later one is higher), `step` counts the
+    updates of the model that it published.
     """
 
     incarnation: int

@@ -44,7 +44,6 @@ from p2pcodistill.errors import (
     OversizedError,
     RefusedError,
     RunFolderError,
-    SchemaMismatchError,
     UnknownPeerError,
 )
 from p2pcodistill.identity import SIGNATURE_BYTES, PublicIdentity
@@ -73,7 +72,8 @@ class FrameStore:
     """The store in one folder, for one process.
 
     Every method blocks on the disk. Threads may share a store; one call runs at a time. A full disk surfaces
-    as OSError from the method that met it, and leaves the store as it was before the call.
+    as OSError from the method that met it, a frame for which the store's own cap leaves no room as OversizedError;
+    both leave the store as it was before the call.
     """
 
     def __init__(
@@ -119,17 +119,17 @@ class FrameStore:
             self._incarnation = incarnation
 
     def pinned_schema(self, origin: str) -> bytes | None:
-        """The schema hash that `origin`'s frames must have; None before the first was pinned."""
+        """The schema hash pinned last for `origin`'s frames; None before the first was."""
         return self._pinned_schemas.get(origin)
 
     def pin_schema(self, origin: str, schema_hash: bytes) -> None:
-        """Make the pin durable. Raises SchemaMismatchError when another is pinned for `origin`, OSError."""
+        """Make the pin durable; it replaces any other of `origin`. Raises OSError.
+
+        When that may happen is the caller's to say (see `gossip.announce`).
+        """
         with self._lock:
-            pinned = self._pinned_schemas.get(origin)
-            if pinned == schema_hash:
+            if self._pinned_schemas.get(origin) == schema_hash:
                 return
-            if pinned is not None:
-                raise SchemaMismatchError(f"{origin!r} has another schema pinned: {pinned.hex()}")
             pins = self._pinned_schemas | {origin: schema_hash}
             self._write_site(self._incarnation, pins)
             self._pinned_schemas = pins
@@ -139,8 +139,8 @@ class FrameStore:
     def adopt(self, signed: SignedManifest, source: Path) -> StoredFrame:
         """Move this site's own encoded frame in: rename it, or copy it from another file system.
 
-        Raises ChecksumError when the file's size is not the manifest's, OversizedError when it can never fit,
-        OSError. `source` is gone afterwards, and may be gone after a failure.
+        Raises ChecksumError when the file's size is not the manifest's, OversizedError when there is no room
+        for it under the store's cap, OSError. `source` is gone afterwards, and may be gone after an OSError.
         """
         with self._lock:
             frame_id = signed.frame_id
@@ -169,7 +169,8 @@ class FrameStore:
         """Open a partial frame, or continue one, and return the indices of the chunks that it holds.
 
         A frame that is complete holds them all. What an earlier life left is verified chunk by chunk.
-        Obligation: `signed` was verified. Raises OversizedError when the frame can never fit, OSError.
+        Obligation: `signed` was verified. Raises OversizedError when there is no room for the frame under the
+        store's cap, OSError.
         """
         with self._lock:
             frame_id = signed.frame_id
@@ -295,14 +296,15 @@ class FrameStore:
         return newest
 
     def _check_room(self, num_bytes: int) -> None:
-        if num_bytes > self._max_bytes:
-            raise OversizedError(f"a frame of {num_bytes} bytes is over the store's cap of {self._max_bytes}")
         held = [stored.signed for stored in self._complete.values()]
         held += [partial.signed for partial in self._partials.values()]
         held += self._leftovers.values()
-        if sum(signed.manifest.num_bytes for signed in held) + num_bytes > self._max_bytes:
-            raise OSError(
-                errno.ENOSPC, f"the store is full (max_bytes is {self._max_bytes})", str(self._folder)
+        num_held_bytes = sum(signed.manifest.num_bytes for signed in held)
+        num_excess_bytes = num_held_bytes + num_bytes - self._max_bytes
+        if num_excess_bytes > 0:
+            raise OversizedError(
+                f"a frame of {num_bytes} bytes is {num_excess_bytes} bytes too many for the store, whose cap is "
+                f"{self._max_bytes} and which holds {num_held_bytes}"
             )
 
     def _open_partial(self, frame_id: str, signed: SignedManifest) -> _Partial:

@@ -2,6 +2,11 @@
 
 For now a frame is announced by its origin alone, so its manifest must be signed by the very peer that sends it.
 Relays will carry other members' announcements; then the origin's key comes from the member list just the same.
+
+An origin's schema (names, shapes and dtypes of its tensors) is pinned, and stays as it is within one incarnation. A later
+incarnation may bring another one, which replaces the pin: somebody mended a configuration and launched the workers anew.
+Whether a schema fits this site's student is not known here; the ranks decide that when they decode the frame, and refuse
+one that does not fit.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from p2pcodistill.identity import PublicIdentity
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A verified announcement. `is_new`: the version was not known; `pins_schema`: it is the origin's first."""
+    """A verified announcement. `is_new`: the version was not known; `pins_schema`: its schema is not the pinned one."""
 
     signed: SignedManifest
     is_new: bool
@@ -42,6 +47,7 @@ class Announcements:
         newest: Mapping[str, SignedManifest],
         pinned_schemas: Mapping[str, bytes],
         max_chunk_bytes: int,
+        max_frame_bytes: int,
     ) -> None:
         self._site = site
         self._run = run
@@ -51,11 +57,7 @@ class Announcements:
         self._remembered_incarnation = self.known_incarnation(site)
         self._told_incarnation: dict[str, int] = {}
         self._max_chunk_bytes = max_chunk_bytes
-
-    @property
-    def newest_announced(self) -> dict[str, Version]:
-        """The newest version known of each teacher that ever announced one, in the teachers' order."""
-        return {o: self._newest[o].manifest.version for o in self._teachers if o in self._newest}
+        self._max_frame_bytes = max_frame_bytes
 
     def known_incarnation(self, origin: str) -> int:
         """The highest incarnation under which `origin` is known to have published, 0 for none."""
@@ -106,19 +108,26 @@ class Announcements:
                 f"{peer} announced chunks of {manifest.chunk_bytes} bytes, over this site's window of "
                 f"{self._max_chunk_bytes}"
             )
-        pinned = self._schemas.get(peer)
-        if pinned is not None and pinned != manifest.schema_hash:
-            raise SchemaMismatchError(
-                f"{peer} announced other tensors (names, shapes or dtypes) than its first checkpoint in this run"
+        if manifest.num_bytes > self._max_frame_bytes:
+            raise OversizedError(
+                f"{peer} announced a frame of {manifest.num_bytes} bytes, over this site's cap of "
+                f"{self._max_frame_bytes}"
             )
         newest = self._newest.get(peer)
+        incarnation = manifest.version.incarnation
+        pins_schema = self._schemas.get(peer) != manifest.schema_hash
+        if pins_schema and peer in self._schemas and incarnation == self.known_incarnation(peer):
+            raise SchemaMismatchError(
+                f"{peer} announced other tensors (names, shapes or dtypes) than before in incarnation {incarnation}: "
+                "its workers must be launched anew for that"
+            )
         if newest is not None and manifest.version <= newest.manifest.version:
             if signed.body == newest.body:
                 return Accepted(signed, is_new=False, pins_schema=False)
             raise _not_newer(peer, manifest.version, newest.manifest.version)
         self._newest[peer] = signed
         self._schemas[peer] = manifest.schema_hash
-        return Accepted(signed, is_new=True, pins_schema=pinned is None)
+        return Accepted(signed, is_new=True, pins_schema=pins_schema)
 
 
 def _not_newer(origin: str, version: Version, newest: Version) -> ReplayedError:

@@ -77,7 +77,7 @@ class TrainingFinished:
 
 @dataclass(frozen=True, slots=True)
 class IncarnationRaised:
-    """The node began a new incarnation of its own accord, as it does when it restarts its group."""
+    """The node began a new incarnation of its own accord, as it does for each launch of its workers."""
 
     incarnation: int
 
@@ -157,7 +157,7 @@ class ServeChunk:
 
 @dataclass(frozen=True, slots=True)
 class PinSchema:
-    """Remember that checkpoints of `origin` have this schema, across restarts."""
+    """Remember that checkpoints of `origin` have this schema from now on, in place of any other, across restarts."""
 
     origin: str
     schema_hash: bytes

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from p2pcodistill import telemetry
-from p2pcodistill.checkpoint.manifest import MAX_CHUNK_BYTES, SignedManifest, Version
+from p2pcodistill.checkpoint.manifest import MAX_CHUNK_BYTES, SignedManifest
 from p2pcodistill.errors import HelloMismatchError, MalformedError, RefusedError
 from p2pcodistill.gossip.announce import Announcements
 from p2pcodistill.gossip.events import (
@@ -95,8 +95,9 @@ class Gossip:
 
     `members` maps all sites of the run to their public identities, in the order that all agree on; `teachers` and
     `students` are this site's neighbours in the teacher graph. `stored` are the newest complete frames in the store,
-    this site's own included; `incarnation` and `pinned_schemas` come from there, too. At most `window_bytes` are asked
-    of a peer and not yet received; requests of a peer that is silent for `stall_timeout_s` are made anew.
+    this site's own included; `incarnation` and `pinned_schemas` come from there, too. Announced frames of more than
+    `max_frame_bytes` are refused. At most `window_bytes` are asked of a peer and not yet received, and nobody may want more
+    of this site in one message; requests of a peer that is silent for `stall_timeout_s` are made anew.
     """
 
     def __init__(
@@ -111,6 +112,8 @@ class Gossip:
         incarnation: int,
         stored: Mapping[str, SignedManifest],
         pinned_schemas: Mapping[str, bytes],
+        *,
+        max_frame_bytes: int,
         window_bytes: int = DEFAULT_WINDOW_BYTES,
         stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
     ) -> None:
@@ -133,9 +136,10 @@ class Gossip:
             newest=stored,
             pinned_schemas=pinned_schemas,
             max_chunk_bytes=window_bytes,
+            max_frame_bytes=max_frame_bytes,
         )
         self._transfers = Transfers(window_bytes=window_bytes, stall_timeout_s=stall_timeout_s)
-        self._serving = Serving(stored.values())
+        self._serving = Serving(stored.values(), window_bytes=window_bytes)
 
     @property
     def incarnation(self) -> int:
@@ -146,11 +150,6 @@ class Gossip:
     def peers_ready(self) -> tuple[str, ...]:
         """The peers whose hello was accepted in the current session, in member order."""
         return self._membership.ready_peers
-
-    @property
-    def newest_announced(self) -> Mapping[str, Version]:
-        """The newest version known of each teacher that ever announced one."""
-        return self._announcements.newest_announced
 
     @property
     def students_finished(self) -> bool:

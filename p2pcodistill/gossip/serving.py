@@ -3,11 +3,14 @@
 A frame that a peer has begun to fetch must stay, however slowly it travels: a newer one that replaced it under the
 peer's hands would never arrive over a slow link. So a reader keeps the frame that it wanted last until it wants
 another frame of the same origin, or has been away for a while.
+
+Credit binds the other side, too: whoever wants more in one message than a window holds would make this site read and queue
+it all at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from p2pcodistill.checkpoint.manifest import SignedManifest
@@ -21,7 +24,14 @@ READER_GRACE_S = 60.0
 @dataclass(frozen=True, slots=True)
 class _Held:
     origin: str
+    num_bytes: int
+    chunk_bytes: int
     num_chunks: int
+
+    def count_bytes(self, indices: Sequence[int]) -> int:
+        """Bytes of the chunks `indices`, which are ascending; the last chunk of the frame may be a short one."""
+        num_short_bytes = self.num_chunks * self.chunk_bytes - self.num_bytes
+        return len(indices) * self.chunk_bytes - num_short_bytes * (indices[-1] == self.num_chunks - 1)
 
 
 @dataclass(slots=True)
@@ -39,7 +49,9 @@ class Serving:
     It does not know what the store pruned; the node answers for a frame that is no longer there.
     """
 
-    def __init__(self, held: Iterable[SignedManifest]) -> None:
+    def __init__(self, held: Iterable[SignedManifest], *, window_bytes: int) -> None:
+        """`window_bytes` is the most that a peer may want in one message; a single chunk is always served."""
+        self._window_bytes = window_bytes
         self._held: dict[str, _Held] = {}
         self._newest: dict[str, str] = {}
         self._readers: dict[tuple[str, str], _Reader] = {}
@@ -49,19 +61,27 @@ class Serving:
     def hold(self, signed: SignedManifest, now_s: float) -> None:
         """A complete frame is in the store, the newest of its origin."""
         frame_id, manifest = signed.frame_id, signed.manifest
-        self._held[frame_id] = _Held(manifest.origin, manifest.num_chunks)
+        self._held[frame_id] = _Held(
+            manifest.origin, manifest.num_bytes, manifest.chunk_bytes, manifest.num_chunks
+        )
         self._newest[manifest.origin] = frame_id
         self._readers = {key: reader for key, reader in self._readers.items() if reader.is_reading(now_s)}
         kept = (*self._newest.values(), *self.in_use(now_s))
         self._held = {frame_id: held for frame_id, held in self._held.items() if frame_id in kept}
 
     def want(self, peer: str, want: Want) -> bool:
-        """Whether what `peer` wants can be served. Raises MalformedError for chunks that the frame does not have."""
+        """Whether what `peer` wants can be served.
+
+        Raises MalformedError for chunks that the frame does not have, and for more of them than a window holds.
+        """
         held = self._held.get(want.frame_id)
         if held is None:
             return False
         if want.indices[-1] >= held.num_chunks:
             raise MalformedError(f"{peer} wants chunk {want.indices[-1]} of a frame with {held.num_chunks}")
+        max_bytes = max(self._window_bytes, held.chunk_bytes)
+        if held.count_bytes(want.indices) > max_bytes:
+            raise MalformedError(f"{peer} wants more than {max_bytes} bytes at once")
         self._readers[peer, held.origin] = _Reader(want.frame_id)
         return True
 

@@ -235,16 +235,19 @@ def test_a_manifest_that_is_inconsistent_cannot_be_made_here_either() -> None:
         make_manifest(chunk_digests=(*make_manifest().chunk_digests[:3], b"short"))
 
 
-def test_the_largest_frame_fits_in_chunks_of_a_mebibyte_and_not_in_small_ones() -> None:
-    def describe(chunk_bytes: int) -> Manifest:
-        digests = (bytes(32),) * (MAX_FRAME_BYTES // chunk_bytes)
-        return make_manifest(num_bytes=MAX_FRAME_BYTES, chunk_bytes=chunk_bytes, chunk_digests=digests)
+@pytest.mark.parametrize(
+    ("num_bytes", "chunk_bytes"), [(MAX_FRAME_BYTES, 1024**2), (16 * 1024**3, DEFAULT_CHUNK_BYTES)]
+)
+def test_the_digests_of_the_largest_frames_fit_and_no_more(num_bytes: int, chunk_bytes: int) -> None:
+    def describe(num_bytes: int, chunk_bytes: int) -> Manifest:
+        digests = (bytes(32),) * (num_bytes // chunk_bytes)
+        return make_manifest(num_bytes=num_bytes, chunk_bytes=chunk_bytes, chunk_digests=digests)
 
-    body = describe(1024**2).to_bytes()
+    body = describe(num_bytes, chunk_bytes).to_bytes()
     assert len(body) <= MAX_MANIFEST_BYTES
-    assert Manifest.from_bytes(body).num_bytes == MAX_FRAME_BYTES
+    assert Manifest.from_bytes(body).num_bytes == num_bytes
     with pytest.raises(OversizedError):
-        describe(DEFAULT_CHUNK_BYTES).to_bytes()
+        describe(num_bytes, chunk_bytes // 2).to_bytes()
 
 
 json_like = st.recursive(

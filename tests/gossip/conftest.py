@@ -20,7 +20,7 @@ from p2pcodistill.checkpoint.manifest import (
     sign_manifest,
     verify_manifest,
 )
-from p2pcodistill.gossip.messages import Chunk, Gone, Message, decode_message, encode_message, lane_of
+from p2pcodistill.gossip.messages import Chunk, Gone, Message, Want, decode_message, encode_message, lane_of
 from p2pcodistill.gossip.protocol import (
     AbandonFrame,
     Action,
@@ -44,6 +44,7 @@ from p2pcodistill.gossip.protocol import (
 from p2pcodistill.identity import Identity, PublicIdentity
 
 RUN = "run"
+MAX_FRAME_BYTES = 1 << 20
 MEMBERS = ("berlin", "tokyo", "lima")
 
 
@@ -169,6 +170,7 @@ class Node:
             "incarnation": self.store.incarnation,
             "stored": {origin: frame.signed for origin, frame in self.store.newest().items()},
             "pinned_schemas": dict(self.store.pins),
+            "max_frame_bytes": MAX_FRAME_BYTES,
             "window_bytes": window_bytes,
         }
         self.gossip = Gossip(**(settings | changes))
@@ -212,6 +214,14 @@ class Node:
         self.sent.clear()
         return messages
 
+    def versions_announced(self) -> list[tuple[str, Version]]:
+        """(origin, version) of every announcement that was accepted as new."""
+        return [
+            (event.origin, Version(event.incarnation, event.step))
+            for event in self.events
+            if isinstance(event, telemetry.VersionAnnounced)
+        ]
+
     def refusals(self) -> list[tuple[str | None, str]]:
         """(peer, reason) of every refusal reported so far."""
         return [(event.peer, event.reason) for event in self.events if isinstance(event, telemetry.Refused)]
@@ -222,7 +232,12 @@ class Node:
     def _perform(self, action: Action) -> Event | None:
         store = self.store
         match action:
-            case SendPayload():
+            case SendPayload(payload=payload):
+                message = decode_message(payload)
+                if isinstance(message, Want):
+                    manifest = store.partials[message.frame_id][0].manifest
+                    num_bytes = sum(manifest.chunk_range(index)[1] for index in message.indices)
+                    assert num_bytes <= self.window_bytes
                 self.sent.append(action)
             case BeginFetch(signed):
                 _, present = store.partials.setdefault(signed.frame_id, (signed, {}))
@@ -246,7 +261,7 @@ class Node:
                 else:
                     self._send(peer, Gone(frame_id))
             case PinSchema(origin, schema_hash):
-                assert origin not in store.pins
+                assert store.pins.get(origin) != schema_hash
                 store.pins[origin] = schema_hash
             case RaiseIncarnation(incarnation):
                 assert incarnation > store.incarnation

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES, Version
+from p2pcodistill.checkpoint.manifest import MAX_FRAME_BYTES, MIN_CHUNK_BYTES, sign_manifest
 from p2pcodistill.errors import (
     MalformedError,
     OversizedError,
@@ -16,8 +17,10 @@ from p2pcodistill.errors import (
     SignatureError,
     UnknownPeerError,
 )
-from p2pcodistill.gossip.announce import Announcements
+from p2pcodistill.gossip.announce import Accepted, Announcements
 from p2pcodistill.gossip.messages import Announce
+
+CAP_BYTES = 8 * MIN_CHUNK_BYTES
 
 
 def announcements_of(sites: Any, **changes: Any) -> Announcements:
@@ -28,6 +31,7 @@ def announcements_of(sites: Any, **changes: Any) -> Announcements:
         "newest": {},
         "pinned_schemas": {},
         "max_chunk_bytes": 4 * MIN_CHUNK_BYTES,
+        "max_frame_bytes": CAP_BYTES,
     }
     return Announcements(**(settings | changes))
 
@@ -38,14 +42,11 @@ def announce(frame: Any) -> Announce:
 
 def test_the_newest_version_wins(sites: Any) -> None:
     announcements = announcements_of(sites)
-    assert announcements.newest_announced == {}
-
     first = announcements.accept("tokyo", announce(sites.frame("tokyo", 50)))
     second = announcements.accept("tokyo", announce(sites.frame("tokyo", 10, incarnation=2)))
 
     assert (first.is_new, first.pins_schema) == (True, True)
     assert (second.is_new, second.pins_schema) == (True, False)
-    assert announcements.newest_announced == {"tokyo": Version(2, 10)}
     assert announcements.known_incarnation("tokyo") == 2
     assert announcements.known_incarnation("lima") == 0
 
@@ -64,8 +65,7 @@ def test_what_the_store_holds_is_known(sites: Any) -> None:
     stored = {site: sites.frame(site, 50, incarnation=3).signed for site in ("berlin", "tokyo")}
     announcements = announcements_of(sites, newest=stored)
 
-    assert announcements.newest_announced == {"tokyo": Version(3, 50)}
-    assert announcements.known_incarnation("berlin") == 3
+    assert announcements.known_incarnation("berlin") == announcements.known_incarnation("tokyo") == 3
     with pytest.raises(ReplayedError):
         announcements.accept("tokyo", announce(sites.frame("tokyo", 49, incarnation=3)))
 
@@ -82,7 +82,8 @@ REFUSALS: list[tuple[str, dict[str, Any], type[RefusedError], str]] = [
         ReplayedError,
         "two different checkpoints of tokyo claim to be step 50",
     ),
-    ("tokyo", {"schema": "wider"}, SchemaMismatchError, "other tensors"),
+    ("tokyo", {"schema": "wider"}, SchemaMismatchError, "other tensors .* than before in incarnation 1"),
+    ("tokyo", {"num_chunks": 9}, OversizedError, "a frame of 132072 bytes, over this site's cap of 131072"),
     ("tokyo", {"chunk_bytes": 4 * MIN_CHUNK_BYTES + 32}, OversizedError, "over this site's window"),
 ]
 
@@ -99,8 +100,10 @@ def test_refusals(
     with pytest.raises(error, match=words):
         announcements.accept(peer, announce(sites.frame(**({"origin": "tokyo", "step": 51} | change))))
 
-    assert announcements.newest_announced == {"tokyo": Version(1, 50)}
-    assert announcements.accept("tokyo", announce(sites.frame("tokyo", 51))).is_new
+    assert not announcements.accept("tokyo", announce(first)).is_new
+    assert announcements.accept("tokyo", announce(sites.frame("tokyo", 51))) == Accepted(
+        sites.frame("tokyo", 51).signed, is_new=True, pins_schema=False
+    )
 
 
 def test_a_refused_first_announcement_pins_nothing(sites: Any) -> None:
@@ -109,6 +112,49 @@ def test_a_refused_first_announcement_pins_nothing(sites: Any) -> None:
         announcements.accept("tokyo", announce(sites.frame("tokyo", 1, run="other", schema="other")))
 
     assert announcements.accept("tokyo", announce(sites.frame("tokyo", 1))).pins_schema
+
+
+def test_a_higher_incarnation_may_bring_another_schema_which_is_pinned_from_then_on(sites: Any) -> None:
+    first = sites.frame("tokyo", 50, incarnation=2)
+    announcements = announcements_of(
+        sites, newest={"tokyo": first.signed}, pinned_schemas={"tokyo": first.signed.manifest.schema_hash}
+    )
+
+    mended = announcements.accept("tokyo", announce(sites.frame("tokyo", 1, incarnation=3, schema="wider")))
+    again = announcements.accept("tokyo", announce(sites.frame("tokyo", 2, incarnation=3, schema="wider")))
+
+    assert (mended.is_new, mended.pins_schema) == (True, True)
+    assert (again.is_new, again.pins_schema) == (True, False)
+    with pytest.raises(SchemaMismatchError, match="incarnation 3"):
+        announcements.accept("tokyo", announce(sites.frame("tokyo", 3, incarnation=3)))
+    with pytest.raises(ReplayedError):
+        announcements.accept("tokyo", announce(sites.frame("tokyo", 60, incarnation=2)))
+
+
+def test_a_pin_without_a_known_version_gives_way(sites: Any) -> None:
+    """It was pinned for a frame that never arrived whole; under which incarnation is not remembered."""
+    announcements = announcements_of(sites, pinned_schemas={"tokyo": bytes(32)})
+
+    assert announcements.accept("tokyo", announce(sites.frame("tokyo", 50))).pins_schema
+
+
+def test_the_largest_frame_that_anyone_may_sign_is_refused_and_pins_nothing(sites: Any) -> None:
+    announcements = announcements_of(sites, max_chunk_bytes=1 << 20)
+    manifest = replace(
+        sites.frame("tokyo", 50).signed.manifest,
+        schema_hash=bytes(32),
+        num_bytes=MAX_FRAME_BYTES,
+        chunk_bytes=1 << 20,
+        chunk_digests=(bytes(32),) * (MAX_FRAME_BYTES >> 20),
+    )
+    signed = sign_manifest(manifest, sites.identities["tokyo"])
+
+    with pytest.raises(OversizedError, match="over this site's cap"):
+        announcements.accept("tokyo", Announce(signed.body, signed.signature))
+
+    assert announcements.known_incarnation("tokyo") == 0
+    largest = sites.frame("tokyo", 40, num_chunks=8)
+    assert announcements.accept("tokyo", announce(largest)).pins_schema
 
 
 def test_signed_nonsense_is_malformed(sites: Any) -> None:

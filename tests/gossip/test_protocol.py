@@ -114,7 +114,6 @@ def test_a_session_begins_with_what_is_known(sites: Any) -> None:
     digest = members_digest(sites.members)
     assert node.take_messages() == [("tokyo", Hello(PROTOCOL_VERSION, "run", digest, b"t" * 32, 4, 7))]
     assert node.gossip.peers_ready == ()
-    assert node.gossip.newest_announced == {"tokyo": Version(7, 9)}
 
 
 def test_peers_come_and_go(student: Any) -> None:
@@ -314,7 +313,6 @@ def test_an_announcement_is_reported_pinned_and_fetched(student: Any, sites: Any
     assert student.receive("tokyo", announce(second)) == [
         Report(VersionAnnounced("tokyo", 2, 20, manifest.num_bytes))
     ]
-    assert student.gossip.newest_announced == {"tokyo": Version(2, 20)}
     assert student.gossip.frames_in_use(0.0) == {first.frame_id}
 
 
@@ -327,6 +325,7 @@ def test_an_announcement_is_reported_pinned_and_fetched(student: Any, sites: Any
         ({"step": 10, "content": "other"}, "replayed"),
         ({"schema": "other"}, "wrong-schema"),
         ({"chunk_bytes": 1 << 20}, "oversized"),
+        ({"num_chunks": 65}, "oversized"),
     ],
 )
 def test_a_refused_announcement_is_counted_and_changes_nothing(
@@ -339,8 +338,26 @@ def test_a_refused_announcement_is_counted_and_changes_nothing(
     student.receive("tokyo", announce(sites.frame(**({"origin": "tokyo", "step": 11} | change))))
 
     assert student.refusals() == [("tokyo", reason)]
-    assert student.gossip.newest_announced == {"tokyo": Version(1, 10)}
+    assert student.versions_announced() == [("tokyo", Version(1, 10))]
     assert student.gossip.frames_in_use(0.0) == in_use
+
+
+def test_a_teacher_that_comes_back_with_another_schema_is_pinned_again_and_fetched(
+    teacher: Any, student: Any, sites: Any
+) -> None:
+    first, mended = sites.frame("tokyo", 10), sites.frame("tokyo", 1, incarnation=2, schema="wider")
+    teacher.publish(first)
+    open_between(teacher, student)
+    settle(teacher, student)
+    restarted = sites.node("berlin", teachers=("tokyo",), store=student.store)
+    open_between(teacher, restarted)
+
+    teacher.publish(mended)
+    settle(teacher, restarted)
+
+    assert restarted.offered == [mended.signed]
+    assert restarted.refusals() == []
+    assert restarted.store.pins == {"tokyo": mended.signed.manifest.schema_hash}
 
 
 def test_who_teaches_nothing_here_has_nothing_to_announce(student: Any, sites: Any) -> None:
@@ -349,7 +366,7 @@ def test_who_teaches_nothing_here_has_nothing_to_announce(student: Any, sites: A
     student.receive("lima", announce(sites.frame("lima", 10)))
 
     assert student.refusals() == [("lima", "unknown-peer")]
-    assert student.gossip.newest_announced == {}
+    assert student.versions_announced() == []
 
 
 # --- frames on their way ---------------------------------------------------------------------------------------
@@ -405,7 +422,7 @@ def test_after_a_cut_only_missing_chunks_travel_again(teacher: Any, student: Any
 
     assert student.offered == [frame.signed]
     assert teacher.num_chunks_served - num_served_before == 3
-    assert student.gossip.newest_announced == {"tokyo": Version(1, 50)}
+    assert student.versions_announced() == [("tokyo", Version(1, 50))]
     assert student.refusals() == []
 
 
@@ -444,7 +461,7 @@ def test_what_the_store_holds_is_not_fetched_again(teacher: Any, student: Any, s
     settle(teacher, restarted)
 
     assert restarted.offered == []
-    assert restarted.gossip.newest_announced == {"tokyo": Version(1, 50)}
+    assert restarted.versions_announced() == []
     assert teacher.num_chunks_served == 3
 
 
@@ -520,6 +537,18 @@ def test_unknown_frames_are_gone_and_unknown_chunks_malformed(teacher: Any, site
     assert teacher.take_messages() == [("berlin", Gone("00" * 32))]
     assert kinds(teacher.receive("berlin", Want(frame.frame_id, (3,)))) == ["Report"]
     assert teacher.refusals() == [("berlin", "malformed")]
+
+
+def test_a_want_beyond_the_window_is_refused_and_nothing_is_served(teacher: Any, sites: Any) -> None:
+    frame = sites.frame("tokyo", 50, num_chunks=9)
+    teacher.publish(frame)
+    connect(teacher, "berlin")
+
+    teacher.receive("berlin", Want(frame.frame_id, tuple(range(8))))
+
+    assert teacher.refusals() == [("berlin", "malformed")]
+    assert teacher.num_chunks_served == 0
+    assert teacher.gossip.frames_in_use(0.0) == frozenset()
 
 
 def test_a_frame_is_kept_for_its_reader_and_gone_for_others(teacher: Any, student: Any, sites: Any) -> None:

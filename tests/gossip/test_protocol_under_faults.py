@@ -1,7 +1,8 @@
 """Three sites, any order of deliveries, and every fault that links, disks and neighbours have in stock.
 
 The machine checks what must hold at every moment (`conftest.Node` asserts that nothing unverified is stored or offered, that
-credit stays within the window and that offers only get newer), and in the end, once the faults are over, that every
+credit and every want stay within the window and that offers only get newer; no honest message may be refused as
+malformed), and in the end, once the faults are over, that every
 student holds the newest checkpoint of its teachers.
 """
 
@@ -91,16 +92,19 @@ class Network(RuleBasedStateMachine):
             self.nodes[site].store.incarnation += 1
             self.feed(site, IncarnationRaised(self.nodes[site].store.incarnation))
 
-    def feed(self, site: str, event: Any) -> None:
+    def feed(self, site: str, event: Any) -> list[str]:
+        """Hand over an event; the reasons of what was refused in it."""
         node = self.nodes[site]
         node.now_s = self.now_s
         node.feed(event)
-        self.faults.update(reason for _, reason in node.refusals())
+        refused = [reason for _, reason in node.refusals()]
+        self.faults.update(refused)
         node.events.clear()
         while node.sent:
             action = node.sent.popleft()
             if self.is_open.get((site, action.peer), self.is_open.get((action.peer, site))):
                 self.queues[site, action.peer][action.lane].append(action.payload)
+        return refused
 
     def open(self, pair: tuple[str, str]) -> None:
         self.is_open[pair] = True
@@ -124,7 +128,7 @@ class Network(RuleBasedStateMachine):
         payload = self.queues[link][lane].popleft()
         self.seen[link].append(payload)
         self.num_delivered += 1
-        self.feed(destination, PayloadReceived(source, payload))
+        assert "malformed" not in self.feed(destination, PayloadReceived(source, payload))
 
     def settle(self) -> None:
         """Deliver everything; let time pass until nothing more comes of it."""
@@ -239,7 +243,7 @@ class Network(RuleBasedStateMachine):
             self.faults["garbage"] += 1
             payload = (b"\xc1", garbage)
         self.feed(destination, PayloadReceived(source, payload))
-        assert self.nodes[destination].gossip.newest_announced.get(source) != forged.version
+        assert forged.frame_id not in self.nodes[destination].gossip.frames_in_use(self.now_s)
 
     @precondition(lambda self: self.num_restarts < 3)
     @rule(site=names)

@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 
+from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES
 from p2pcodistill.errors import MalformedError
 from p2pcodistill.gossip.messages import Want
 from p2pcodistill.gossip.serving import READER_GRACE_S, Serving
 
+WINDOW_BYTES = 4 * MIN_CHUNK_BYTES
+
 
 def test_the_newest_frame_of_each_origin_can_be_wanted(sites: Any) -> None:
     first, second, other = sites.frame("berlin", 1), sites.frame("berlin", 2), sites.frame("tokyo", 1)
-    serving = Serving([first.signed])
+    serving = Serving([first.signed], window_bytes=WINDOW_BYTES)
 
     serving.hold(other.signed, now_s=0.0)
     serving.hold(second.signed, now_s=0.0)
@@ -28,16 +31,48 @@ def test_the_newest_frame_of_each_origin_can_be_wanted(sites: Any) -> None:
 
 def test_chunks_that_a_frame_does_not_have_are_malformed(sites: Any) -> None:
     frame = sites.frame("berlin", 1, num_chunks=3)
-    serving = Serving([frame.signed])
+    serving = Serving([frame.signed], window_bytes=WINDOW_BYTES)
 
     with pytest.raises(MalformedError, match="lima wants chunk 3 of a frame with 3"):
         serving.want("lima", Want(frame.frame_id, (2, 3)))
     assert serving.in_use(0.0) == ()
 
 
+def test_more_than_a_window_at_once_is_malformed(sites: Any) -> None:
+    frame = sites.frame("berlin", 1, num_chunks=6)
+    serving = Serving([frame.signed], window_bytes=WINDOW_BYTES)
+
+    with pytest.raises(MalformedError, match="lima wants more than 65536 bytes at once"):
+        serving.want("lima", Want(frame.frame_id, (0, 1, 2, 3, 4)))
+    assert serving.in_use(0.0) == ()
+    assert serving.want("lima", Want(frame.frame_id, (0, 2, 3, 4)))
+
+
+@pytest.mark.parametrize(("num_spare_bytes", "is_served"), [(1000, True), (999, False)])
+def test_a_short_last_chunk_counts_as_what_it_is(sites: Any, num_spare_bytes: int, is_served: bool) -> None:
+    frame = sites.frame("berlin", 1, num_chunks=3)
+    serving = Serving([frame.signed], window_bytes=2 * MIN_CHUNK_BYTES + num_spare_bytes)
+
+    want = Want(frame.frame_id, (0, 1, 2))
+    if is_served:
+        assert serving.want("lima", want)
+    else:
+        with pytest.raises(MalformedError, match="at once"):
+            serving.want("lima", want)
+
+
+def test_a_single_chunk_is_served_under_any_window(sites: Any) -> None:
+    frame = sites.frame("berlin", 1)
+    serving = Serving([frame.signed], window_bytes=1)
+
+    assert serving.want("lima", Want(frame.frame_id, (1,)))
+    with pytest.raises(MalformedError, match=f"more than {MIN_CHUNK_BYTES} bytes"):
+        serving.want("lima", Want(frame.frame_id, (0, 1)))
+
+
 def test_a_reader_keeps_its_frame_until_it_wants_another(sites: Any) -> None:
     first, second, third = (sites.frame("berlin", step) for step in (1, 2, 3))
-    serving = Serving([first.signed])
+    serving = Serving([first.signed], window_bytes=WINDOW_BYTES)
     serving.want("lima", Want(first.frame_id, (0,)))
 
     serving.hold(second.signed, now_s=1000.0)
@@ -52,7 +87,7 @@ def test_a_reader_keeps_its_frame_until_it_wants_another(sites: Any) -> None:
 
 def test_a_reader_that_left_keeps_its_frame_for_a_while(sites: Any) -> None:
     first, second, third = (sites.frame("berlin", step) for step in (1, 2, 3))
-    serving = Serving([first.signed])
+    serving = Serving([first.signed], window_bytes=WINDOW_BYTES)
     serving.want("lima", Want(first.frame_id, (0,)))
     serving.hold(second.signed, now_s=5.0)
 
@@ -67,7 +102,7 @@ def test_a_reader_that_left_keeps_its_frame_for_a_while(sites: Any) -> None:
 
 def test_a_reader_that_comes_back_keeps_its_frame(sites: Any) -> None:
     frame = sites.frame("berlin", 1)
-    serving = Serving([frame.signed])
+    serving = Serving([frame.signed], window_bytes=WINDOW_BYTES)
     serving.want("lima", Want(frame.frame_id, (0,)))
     serving.close("lima", now_s=0.0)
 
