@@ -93,19 +93,11 @@ class Site:
     def model_bytes(self) -> bytes:
         return (self.run_folder / "model.safetensors").read_bytes()
 
-    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
+    async def start(self, *arguments: str, command: tuple[str, ...] = ()) -> asyncio.subprocess.Process:
+        command = command or (sys.executable, "-m", "p2pcodistill", "node", str(self.file))
         log = (self.folder / f"{self.name}.log").open("ab")
         with log:
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "p2pcodistill",
-                "node",
-                str(self.file),
-                *arguments,
-                stdout=log,
-                stderr=log,
-            )
+            self.process = await asyncio.create_subprocess_exec(*command, *arguments, stdout=log, stderr=log)
         return self.process
 
     async def wait(self) -> int:
@@ -181,7 +173,7 @@ class Sites:
             identity.save(self.folder / f"{name}.key")
             made.append(Site(self.folder, name, port, identity))
             write_text(self.folder / f"{name}.txt", seed=index)
-        for index, site in enumerate(made):
+        for site in made:
             peers = [
                 {
                     "name": s.name,

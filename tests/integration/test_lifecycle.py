@@ -1,9 +1,15 @@
 """A site through crashes and signals: it resumes completely, and no process outlives its node."""
 
 import signal
+import stat
+import sys
+from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import pytest
+import torch
+import torch.distributed
 
 # Guard, torchrun and rank run each other, so each one's command line holds those of the ones below it.
 PARTS = ("p2pcodistill.group.train", "torch.distributed.run", "p2pcodistill.group.guard")
@@ -74,6 +80,8 @@ async def test_a_group_that_keeps_failing_ends_the_node_with_the_end_of_its_log(
     await site.start()
     assert await site.wait() == 2
     assert [record["restart_in_s"] for record in site.all("group-exited")] == [0.1, None]
+    said = (sites.folder / "berlin.log").read_text()
+    assert "the corpus is haunted" in said and "torch/distributed" not in said
     assert "failed 2 times" in site.log() and "the corpus is haunted" in site.log()
 
 
@@ -118,3 +126,57 @@ async def test_a_second_signal_stops_at_once(sites):
     assert await site.wait() == 128 + signal.SIGINT
     _, alive = psutil.wait_procs(tree, timeout=10)
     assert alive == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+async def test_what_only_the_user_can_mend_is_one_line_and_not_tried_again(sites):
+    (site,) = sites.make("berlin", peers=[], group={"device": "cuda"})
+    await site.start()
+    assert await site.wait() == 2
+    assert [record["restart_in_s"] for record in site.all("group-exited")] == [None]
+    last_line = (sites.folder / "berlin.log").read_text().splitlines()[-1]
+    assert last_line.startswith("p2pcodistill: ") and 'group.device to "cpu"' in last_line
+
+
+async def test_no_port_of_a_site_but_the_nodes_own_answers_strangers_with_a_rendezvous(sites):
+    # torchrun unpickles what its rendezvous holds; over TCP, anyone who reaches the machine could put it there.
+    (site,) = sites.make("berlin", peers=[], training={"num_steps": 1_000_000})
+    await site.start()
+    await site.until("training-started")
+    reachable = []
+    for process in site.tree():
+        for connection in process.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port != site.port:
+                reachable.append((process.cmdline(), connection.laddr.port))
+    for _, port in reachable:
+        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=10))
+        assert not [key for key in store.list_keys() if "torch.rendezvous" in key]
+    rendezvous = [word for p in site.tree() for word in p.cmdline() if "rendezvous-" in word]
+    assert rendezvous and stat.S_IMODE(Path(rendezvous[0]).parent.stat().st_mode) == 0o700
+
+
+async def test_a_full_disk_ends_the_node_with_one_line_and_keeps_what_was_complete(sites):
+    script = sites.folder / "hoard.py"
+    script.write_text(HOARD)
+    (site,) = sites.make("berlin", peers=[], group={"script": str(script)})
+    # The largest file that the node may write stands in for the disk; SIGXFSZ is ignored, so that writing fails.
+    limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+    limit += "from p2pcodistill.cli import main; sys.exit(main(sys.argv[1:]))"
+    await site.start(command=(sys.executable, "-c", limit, "node", str(site.file)))
+    assert await site.wait() == 2
+    lines = (sites.folder / "berlin.log").read_text().splitlines()
+    assert "is full" in lines[-1] and not [line for line in lines if "Traceback" in line]
+    assert all(record["event"] for record in site.read()), "the log is readable up to its last whole line"
+
+
+HOARD = """
+import torch, p2pcodistill
+from p2pcodistill.telemetry import SnapshotSkipped
+codistiller = p2pcodistill.join(torch.nn.Linear(1, 1))
+for step in range(10_000):
+    codistiller.report(SnapshotSkipped(step, "x" * 100))
+codistiller.close()
+import signal
+signal.pause()
+"""

@@ -39,7 +39,7 @@ async def test_all_ranks_of_a_users_own_script_swap_at_the_same_step(sites):
     berlin, tokyo = sites.make("berlin", "tokyo", group={"num_ranks": 2})
     for site in (berlin, tokyo):
         site.set(
-            group={"script": str(RECORD_SWAPS), "script_arguments": [str(sites.folder), site.name, "4000"]}
+            group={"script": str(RECORD_SWAPS), "script_arguments": [str(sites.folder), site.name, "1500"]}
         )
         site.set(codistillation={"exchange_interval_steps": 100, "agreement_interval_steps": 5})
         await site.start()
