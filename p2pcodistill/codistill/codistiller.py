@@ -30,7 +30,7 @@ from p2pcodistill.codistill.losses import distillation_loss
 from p2pcodistill.codistill.schedule import agreement_is_due, distillation_weight, exchange_is_due
 from p2pcodistill.codistill.teachers import Forward, TeacherBank, forward_stateless, unwrap
 from p2pcodistill.config import CodistillationConfig
-from p2pcodistill.errors import RefusedError
+from p2pcodistill.errors import ConfigError, RefusedError
 from p2pcodistill.telemetry import Event, TeacherRefused, TeacherSwapped
 
 
@@ -83,6 +83,7 @@ class Codistiller:
         self._published_step: int | None = None
         self._stop_requested = False
         self._last_distillation_loss: Tensor | None = None
+        self._is_rehearsed = not self._bank.teachers
         self.exchange_s = 0.0
         """Seconds that the training thread has spent in exchange: copying snapshots, agreeing, swapping."""
 
@@ -111,21 +112,18 @@ class Codistiller:
         """The term to add to the loss of this batch: weight * psi (Anil et al. 2018, Algorithm 1); a float32 scalar.
 
         `logits` are the student's, classes last; `inputs` are what `forward` takes. The teachers run here, under the
-        autocast that is on. It is 0 in burn-in and while there is no teacher.
+        autocast that is on. It is 0 in burn-in and while there is no teacher. All positions count alike: there is no mask
+        for padding.
+
+        The first call also tries a teacher on the batch. Raises ConfigError when that fails: `forward` does not fit then.
         """
+        if not self._is_rehearsed:
+            self._rehearse(logits, inputs)
         weight = distillation_weight(self._config, self._num_steps)
         if weight == 0 or not self._bank.present:
             self._last_distillation_loss = None
             return logits.new_zeros((), dtype=torch.float32)
-        teacher_logits, teacher_weights = self._bank.predict(inputs)
-        psi = distillation_loss(
-            logits,
-            teacher_logits,
-            teacher_weights,
-            loss=self._config.loss,
-            aggregation=self._config.aggregation,
-            temperature=self._config.temperature,
-        )
+        psi = self._psi(logits, *self._bank.predict(inputs))
         self._last_distillation_loss = psi.detach()
         return weight * psi
 
@@ -184,6 +182,28 @@ class Codistiller:
         """Hand over what was published and end the exchange. Safe to call twice."""
         if self._exchange is not None:
             self._exchange.close()
+
+    def _rehearse(self, logits: Tensor, inputs: Any) -> None:
+        """Find out at the first step, not when a neighbour's checkpoint arrives, whether teachers can be run."""
+        try:
+            self._psi(logits.detach(), [self._bank.rehearse(inputs)], [1.0])
+        except Exception as error:  # whatever it is, the cause tells it
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"the model cannot be run as a teacher on this batch ({type(error).__name__}: {reason}): tell "
+                "p2pcodistill.join by its forward= how to get the student's logits from the inputs given to loss"
+            ) from error
+        self._is_rehearsed = True
+
+    def _psi(self, logits: Tensor, teacher_logits: list[Tensor], teacher_weights: list[float]) -> Tensor:
+        return distillation_loss(
+            logits,
+            teacher_logits,
+            teacher_weights,
+            loss=self._config.loss,
+            aggregation=self._config.aggregation,
+            temperature=self._config.temperature,
+        )
 
     def _publish(self) -> None:
         if self._exchange is None or not (self._has_students and self._is_lead):

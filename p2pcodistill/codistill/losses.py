@@ -49,8 +49,16 @@ def distillation_loss(
     Logits are divided by `temperature`, and the loss is multiplied by its square, which keeps the gradient's
     magnitude (Hinton et al. 2015, section 2).
 
-    Raises ValueError for teachers whose logits differ from the student's in shape.
+    All positions count alike: there is no mask for padding. Weights stay Python numbers, so that nothing waits for the
+    device.
+
+    Raises ValueError for teachers whose logits differ from the student's in shape, and for logits that are no
+    distribution per position: fewer than two axes or classes (`squared-error` compares any).
     """
+    if loss != "squared-error" and (logits_C.ndim < 2 or logits_C.shape[-1] < 2):
+        raise ValueError(
+            f"logits of the shape {tuple(logits_C.shape)}: {loss} needs positions and, on the last axis, two or more classes"
+        )
     for teacher_logits_C in teacher_logits_NC:
         if teacher_logits_C.shape != logits_C.shape:
             raise ValueError(
@@ -59,38 +67,52 @@ def distillation_loss(
             )
     with torch.autocast(logits_C.device.type, enabled=False):
         student_C = logits_C.float() / temperature
-        teachers_NC = (
-            torch.stack([teacher_C.detach().float() for teacher_C in teacher_logits_NC]) / temperature
-        )
-        share_N = torch.tensor(weights_N, dtype=torch.float32, device=logits_C.device)
-        share_NC = share_N.view(-1, *[1] * logits_C.ndim)
+        teachers_NC = [teacher_C.detach().float() / temperature for teacher_C in teacher_logits_NC]
         if loss == "squared-error":
-            psi = _squared_error(student_C, teachers_NC, share_NC, aggregation)
+            psi = _squared_error(student_C, teachers_NC, weights_N, aggregation)
         else:
-            psi = _cross_entropy(student_C, teachers_NC, share_NC, aggregation, minus_entropy=loss == "kl")
+            psi = _cross_entropy(student_C, teachers_NC, weights_N, aggregation, minus_entropy=loss == "kl")
         return psi * temperature**2
 
 
 def _squared_error(
-    student_C: Tensor, teachers_NC: Tensor, share_NC: Tensor, aggregation: Aggregation
+    student_C: Tensor, teachers_NC: Sequence[Tensor], weights_N: Sequence[float], aggregation: Aggregation
 ) -> Tensor:
     if aggregation == "mean-losses":
-        return (share_NC * (student_C - teachers_NC).square()).sum(0).mean()
-    return functional.mse_loss(student_C, (share_NC * teachers_NC).sum(0))
+        losses_N = [functional.mse_loss(student_C, teacher_C) for teacher_C in teachers_NC]
+        return _weighted_sum(losses_N, weights_N)
+    return functional.mse_loss(student_C, _weighted_sum(teachers_NC, weights_N))
 
 
 def _cross_entropy(
-    student_C: Tensor, teachers_NC: Tensor, share_NC: Tensor, aggregation: Aggregation, *, minus_entropy: bool
+    student_C: Tensor,
+    teachers_NC: Sequence[Tensor],
+    weights_N: Sequence[float],
+    aggregation: Aggregation,
+    *,
+    minus_entropy: bool,
 ) -> Tensor:
     """Cross-entropy with the teachers as soft targets; minus the targets' entropy it is the KL divergence."""
     if aggregation == "mean-logits":
-        teachers_NC, share_NC = (share_NC * teachers_NC).sum(0, keepdim=True), torch.ones_like(share_NC[:1])
-    target_NC = teachers_NC.softmax(-1)
+        teachers_NC, weights_N = [_weighted_sum(teachers_NC, weights_N)], [1.0]
+    targets_NC = [teacher_C.softmax(-1) for teacher_C in teachers_NC]
     # The cross-entropy is linear in the target, so the mean prediction gives the mean of the losses as well.
-    target_C = (share_NC * target_NC).sum(0)
+    target_C = _weighted_sum(targets_NC, weights_N)
     psi = -(target_C * student_C.log_softmax(-1)).sum(-1).mean()
     if minus_entropy and aggregation == "mean-losses":
-        psi = psi + (share_NC * torch.special.xlogy(target_NC, target_NC)).sum((0, -1)).mean()
+        psi = psi - _weighted_sum([_mean_entropy(other_C) for other_C in targets_NC], weights_N)
     elif minus_entropy:
-        psi = psi + torch.special.xlogy(target_C, target_C).sum(-1).mean()
+        psi = psi - _mean_entropy(target_C)
     return psi
+
+
+def _mean_entropy(target_C: Tensor) -> Tensor:
+    entropy: Tensor = -torch.special.xlogy(target_C, target_C).sum(-1).mean()
+    return entropy
+
+
+def _weighted_sum(tensors_N: Sequence[Tensor], weights_N: Sequence[float]) -> Tensor:
+    total = tensors_N[0] * weights_N[0]
+    for tensor, weight in zip(tensors_N[1:], weights_N[1:], strict=True):
+        total = total + tensor * weight
+    return total

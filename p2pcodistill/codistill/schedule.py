@@ -17,8 +17,12 @@ def distillation_weight(config: CodistillationConfig, num_steps: int) -> float:
 
 
 def exchange_is_due(config: CodistillationConfig, num_steps: int) -> bool:
-    """Whether the student is to be published after `num_steps`."""
-    return num_steps > 0 and num_steps % config.exchange_interval_steps == 0
+    """Whether the student is to be published after `num_steps`: never before the end of its own burn-in.
+
+    What it has learned until then would harm its students (Anil et al. 2018, section 2.1), however far they are: a site
+    may have started late, or anew.
+    """
+    return num_steps >= max(1, config.burn_in_steps) and num_steps % config.exchange_interval_steps == 0
 
 
 def agreement_is_due(config: CodistillationConfig, num_steps: int) -> bool:

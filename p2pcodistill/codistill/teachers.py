@@ -22,10 +22,13 @@ from p2pcodistill.checkpoint.snapshot import take_snapshot
 from p2pcodistill.errors import SchemaMismatchError
 
 State: TypeAlias = Any
-"""What a model carries from one batch to the next: tensors in tuples, lists and dicts, or None."""
+"""What a model carries from one batch to the next: tensors in (named) tuples, lists and dicts, or None."""
 
 Forward: TypeAlias = Callable[[nn.Module, Any, State], tuple[Tensor, State]]
 """(model, inputs, state) -> (logits, next state); the state is None at first."""
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def forward_stateless(model: nn.Module, inputs: Any, state: State) -> tuple[Tensor, State]:
@@ -41,7 +44,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], state: State) -> State:
     if isinstance(state, Mapping):
         return {key: map_tensors(function, value) for key, value in state.items()}
     if isinstance(state, tuple | list):
-        return type(state)(map_tensors(function, value) for value in state)
+        values = [map_tensors(function, value) for value in state]
+        return type(state)(*values) if hasattr(state, "_fields") else type(state)(values)
     return state
 
 
@@ -102,8 +106,16 @@ class TeacherBank:
         targets = cast(Mapping[str, Tensor], get_model_state_dict(teacher.module))
         with torch.no_grad():
             for tensor_name, tensor in frame.tensors.items():
-                targets[tensor_name].copy_(tensor, non_blocking=True)
+                target = targets[tensor_name]
+                # What travels is mostly fp16: it crosses to the device as it is and is cast there.
+                target.copy_(tensor.to(target.device, non_blocking=True))
         teacher.version = version
+
+    @torch.no_grad()
+    def rehearse(self, inputs: Any) -> Tensor:
+        """Logits of one slot, whatever its weights are, from no state; its own carried state stays."""
+        logits, _ = self._forward(next(iter(self.teachers.values())).module, inputs, None)
+        return logits
 
     @torch.no_grad()
     def predict(self, inputs: Any) -> tuple[list[Tensor], list[float]]:
@@ -133,9 +145,21 @@ class TeacherBank:
 def _frozen_copy(student: nn.Module) -> nn.Module:
     module = copy.deepcopy(student).eval().requires_grad_(False)
     for part in module.modules():
+        _drop_hooks(part)
         if isinstance(part, nn.RNNBase):  # a copy's weights are not the one chunk that cuDNN asks for
             part.flatten_parameters()
     return module
+
+
+def _drop_hooks(module: nn.Module) -> None:
+    """Remove what the user's script hangs on the student's passes: a teacher is not to be logged, steered or clipped.
+
+    PyTorch's own stay: its older weight and spectral norms compute the weight in one before the pass.
+    """
+    for name in _HOOKS:
+        hooks: dict[int, Any] = getattr(module, name)
+        for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.")]:
+            del hooks[key]
 
 
 def _shape(shape: torch.Size | None) -> str:

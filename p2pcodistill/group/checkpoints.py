@@ -59,9 +59,15 @@ class TrainingCheckpoints:
         self._num_ranks = 1 if process_group is None else dist.get_world_size(process_group)
 
     def save(self, step: int, *, shared: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        """Write a checkpoint. `shared` counts on rank 0. It is complete when this returns on rank 0."""
+        """Write a checkpoint. `shared` counts on rank 0. It is complete when this returns on rank 0.
+
+        Checkpoints of later steps are removed: training has gone back behind them because they did not match their hash.
+        """
         partial = self._folder / _PARTIAL
         if self._rank == 0:
+            # First of all: should they be readable again, none is ever to be resumed from, or kept in place of this branch.
+            for abandoned in [other for other in self._steps() if other > step]:
+                shutil.rmtree(self._folder / _folder_name(abandoned))
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             _write(partial / "shared.pt", {"num_ranks": self._num_ranks, "state": dict(shared)})

@@ -165,12 +165,14 @@ class GroupExchange:
             snapshot, self._waiting = self._waiting, None
         if snapshot is None or self._link is None:  # a newer one was taken already
             return
+        path = self._outbox / f"step-{snapshot.step:08d}.frame"
+        partial = path.with_suffix(_PARTIAL_SUFFIX)
         try:
-            path = self._outbox / f"step-{snapshot.step:08d}.frame"
-            partial = path.with_suffix(_PARTIAL_SUFFIX)
             partial.write_bytes(encode_keyframe(snapshot))
             partial.replace(path)
         except Exception as error:  # weights that are not finite, a full disk: training goes on
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             self._link.send(EventHappened(to_record(SnapshotSkipped(snapshot.step, str(error)))))
             return
         self._link.send(

@@ -38,7 +38,10 @@ class Group:
             raise GroupError(f"no training script {spec.group.script}: correct group.script")
         spec_path.write_text(spec.model_dump_json(indent=2))
         spec.error_path.unlink(missing_ok=True)
-        environment = os.environ | {
+        environment = {
+            # Threads that wait by spinning steal the cores that the other processes of the machine need.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            **os.environ,
             GROUP_SPEC_VARIABLE: str(spec_path),
             "OMP_NUM_THREADS": str(spec.group.num_threads),
             "PYTHONUNBUFFERED": "1",

@@ -3,8 +3,9 @@
 An ordinary PyTorch loop with DDP, Adam and autocast, plus the three lines of codistillation (`join`, `loss`, `step`); the
 rest is what a run on unreliable machines needs: complete training checkpoints, an agreed stop, evaluation, events.
 
-Without peers a resumed run is bit-identical to one that was never stopped, on the same processor and versions, with up to
-two ranks (the order in which more than two are summed may differ in the first step after a resume).
+On the CPU and without peers, a resumed run is bit-identical to one that was never stopped, on the same processor and
+versions, with up to two ranks (the order in which more than two are summed may differ in the first step after a resume). On
+GPUs a resume is as complete, but cuDNN may compute other last bits.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def main() -> int:
     """Train as the node's spec says. Exit status 0 (finished or stopped) or 2 (one line says what to mend)."""
     die_with_parent()
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    spec = None
     try:
         spec = read_group_spec()
         if spec is None:
@@ -53,6 +55,9 @@ def main() -> int:
         train(spec)
     except UserError as error:
         print(f"p2pcodistill: {error}", file=sys.stderr)
+        if spec is not None:
+            # torchrun keeps exit statuses to itself: this is how the node learns not to try again.
+            spec.error_path.write_text(f"{error}\n")
         return 2
     return 0
 
@@ -151,12 +156,16 @@ class Training:
     def run(self) -> None:
         """Train until the last step or the agreed stop, save what a restart needs, and close the exchange.
 
-        Does nothing more than say so when the checkpoint it was resumed from is that of the last step.
+        Resumed from the checkpoint of the last step, it only evaluates and publishes the model once more: a kill may have
+        taken both on their way to the node.
         """
         try:
             if self._step < self._config.num_steps:
                 self._report_start()
                 self._train()
+            else:
+                self._codistiller.publish()
+                self._evaluate()
             finished = self._step >= self._config.num_steps
             exchange_s = self._codistiller.exchange_s
             self._codistiller.report(TrainingEnded(self._step, finished, exchange_s, self._duration_s))
@@ -214,7 +223,8 @@ class Training:
         self._codistiller.step()
         self._state = map_tensors(Tensor.detach, state)
         self._step += 1
-        self._meter.add(loss.detach(), self._codistiller.last_distillation_loss)
+        if self._rank == 0:  # which alone measures, and so empties it
+            self._meter.add(loss.detach(), self._codistiller.last_distillation_loss)
 
     def _report_progress(self) -> None:
         if self._rank != 0:

@@ -53,14 +53,16 @@ def write_report(
 
 def _tiles(summary: Summary) -> list[dict[str, str]]:
     ratio = summary["bytes_vs_all_reduce_ratio"]
+    num_seeds = len(summary["seeds"])
+    over_seeds = f", mean of {num_seeds} seeds" if num_seeds > 1 else ""
     return [
         {
             "value": percent(summary["gap_closed_ratio"]),
-            "meaning": "of the gap between alone and pooled closed",
+            "meaning": f"of the gap between alone and pooled closed{over_seeds}",
         },
         {
             "value": number(summary["steps_to_baseline_loss_ratio"], 2),
-            "meaning": "of the steps to reach the lone sites' final loss",
+            "meaning": f"of the steps to reach the lone sites' final loss{over_seeds}",
         },
         {
             "value": ABSENT if ratio is None else f"{ratio:.0f}×",

@@ -1,6 +1,7 @@
 """The figures of a run: what `summary.json` holds, the same as a table, and the headline in words.
 
 Three kinds of arms are compared: `codistilled` sites, the same sites each `alone`, and one site with all data `pooled`.
+They are equal in steps, batch and model, but not in compute: a codistilled site also runs its teachers' forward pass.
 Losses are final held-out losses. A figure that cannot be told honestly (an arm is missing, a site did not finish, a loss is
 not finite) is None, and `notes` says why.
 """
@@ -26,9 +27,11 @@ Summary: TypeAlias = dict[str, Any]
 HEADLINES = (
     "gap_closed_ratio",
     "steps_to_baseline_loss_ratio",
+    "seconds_ratio_vs_alone",
     "worst_exchange_stall_ratio",
     "bytes_vs_all_reduce_ratio",
 )
+_MEANS_OVER_SEEDS = ("gap_closed_ratio", "steps_to_baseline_loss_ratio", "seconds_ratio_vs_alone")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +57,24 @@ def summarise(
 ) -> Summary:
     """What `summary.json` holds; JSON without NaN. `num_steps` are the steps of the run, `loss_unit` names that of losses.
 
-    - `gap_closed_ratio`: (alone - codistilled) / (alone - pooled), of final held-out losses, means over sites and seeds.
-      None where pooling gains nothing over being alone.
-    - `steps_to_baseline_loss_ratio`: mean over codistilled sites and seeds of the first evaluated step at which the site is
-      at or below the lone sites' mean final loss (of that seed), divided by `num_steps`; None if a site never gets there.
+    Of each seed, and then the mean over seeds; None if it is None for one of them:
+
+    - `gap_closed_ratio`: (alone - codistilled) / (alone - pooled), of final held-out losses, means over sites. None where
+      pooling gains nothing over being alone.
+    - `steps_to_baseline_loss_ratio`: mean over codistilled sites of the first evaluated step at which the site is at or
+      below the lone sites' mean final loss, divided by `num_steps`; None if a site never gets there.
+    - `seconds_ratio_vs_alone`: mean training seconds of codistilled sites / of lone sites, teachers' forward passes,
+      evaluations and whatever else ran on the machine included; None if a site did not finish.
+
+    Over all seeds at once:
+
     - `worst_exchange_stall_ratio`: the largest share of time that a codistilled site's training spent in exchange.
     - `bytes_vs_all_reduce_ratio`: bytes that all-reducing fp32 gradients between the sites would have sent, divided by the
       bytes really sent, envelopes and control messages included.
     - `final_val_loss`: per kind of arm, the mean over sites and seeds.
+
+    In detail:
+
     - `by_seed`: the same figures of each seed. `over_seeds`: mean and half the range of each figure over the seeds; None
       with one seed.
     - `arms`: per arm and seed, per site, all that the figures were made of.
@@ -77,6 +90,7 @@ def summarise(
         "loss_unit": loss_unit,
     }
     summary |= _headlines(arms, num_steps)
+    summary |= {name: _mean([seed[name] for seed in by_seed]) for name in _MEANS_OVER_SEEDS}
     summary["by_seed"] = by_seed
     summary["over_seeds"] = (
         {name: _mean_and_half_range([seed[name] for seed in by_seed]) for name in HEADLINES}
@@ -105,6 +119,9 @@ def _headlines(arms: Sequence[ArmResult], num_steps: int) -> dict[str, Any]:
     return {
         "gap_closed_ratio": _gap_closed(losses),
         "steps_to_baseline_loss_ratio": _mean(to_baseline),
+        "seconds_ratio_vs_alone": _ratio(
+            _mean_seconds(arms, "codistilled", num_steps), _mean_seconds(arms, "alone", num_steps)
+        ),
         "worst_exchange_stall_ratio": max(known_stalls, default=None),
         "bytes_vs_all_reduce_ratio": _ratio(_sum(all_reduced), sent),
         "final_val_loss": losses,
@@ -126,6 +143,11 @@ def _has_finished(history: SiteHistory, num_steps: int) -> bool:
 def _mean_final_loss(arms: Iterable[ArmResult], kind: Kind, num_steps: int) -> float | None:
     histories = [history for arm in arms if arm.kind == kind for history in arm.sites.values()]
     return _mean([_finite(h.final_val_loss) if _has_finished(h, num_steps) else None for h in histories])
+
+
+def _mean_seconds(arms: Iterable[ArmResult], kind: Kind, num_steps: int) -> float | None:
+    histories = [history for arm in arms if arm.kind == kind for history in arm.sites.values()]
+    return _mean([h.duration_s or None if _has_finished(h, num_steps) else None for h in histories])
 
 
 def _baseline_loss(arms: Iterable[ArmResult], seed: int, num_steps: int) -> float | None:
@@ -207,12 +229,21 @@ def _notes(summary: Summary, arms: Sequence[ArmResult], num_steps: int) -> list[
                 notes.append(
                     f"{site} ({arm.name}{_of_seed(arm.seed, summary)}) never reached the lone sites' final loss."
                 )
-    losses = summary["final_val_loss"]
-    if losses["alone"] is not None and losses["pooled"] is not None and losses["alone"] <= losses["pooled"]:
+    for seed in _seeds_without_gap(summary):
         notes.append(
-            "Pooling the data gained nothing over being alone: there is no gap that could be closed."
+            f"Pooling the data gained nothing over being alone{_of_seed(seed, summary)}: "
+            "there is no gap that could be closed."
         )
     return notes
+
+
+def _seeds_without_gap(summary: Summary) -> list[int]:
+    losses = {figures["seed"]: figures["final_val_loss"] for figures in summary["by_seed"]}
+    return [
+        seed
+        for seed, of in losses.items()
+        if of["alone"] is not None and of["pooled"] is not None and of["alone"] <= of["pooled"]
+    ]
 
 
 def _of_seed(seed: int, summary: Summary) -> str:
@@ -234,35 +265,40 @@ def headline(summary: Summary) -> str:
     if not told:
         return "No arm has finished: there is nothing to compare yet."
     sentences = [f"Held-out losses end, in {unit}: {', '.join(told)}."]
-    over_seeds = summary["over_seeds"] or {}
-    if (gap := summary["gap_closed_ratio"]) is not None:
-        sentences.append(_gap_sentence(gap, over_seeds.get("gap_closed_ratio"), len(summary["seeds"])))
-    elif losses["codistilled"] is None or losses["alone"] is None or losses["pooled"] is None:
+    if summary["gap_closed_ratio"] is not None:
+        sentences.append(_gap_sentence(summary))
+    elif any(seed["final_val_loss"][kind] is None for seed in summary["by_seed"] for kind in KINDS):
         sentences.append("How much of the gap is closed cannot be told: an arm is missing or did not finish.")
     else:
-        sentences.append("Pooling the data gained nothing here, so there was no gap to close.")
-    if (to_baseline := summary["steps_to_baseline_loss_ratio"]) is not None:
-        spread = _plus_minus(over_seeds.get("steps_to_baseline_loss_ratio"), 1, 2)
+        without = [_of_seed(seed, summary) for seed in _seeds_without_gap(summary)]
         sentences.append(
-            f"The lone sites' final loss is reached after {to_baseline:.2f}{spread} of the steps."
+            f"Pooling the data gained nothing here{''.join(without)}, so there was no gap to close."
         )
+    if summary["steps_to_baseline_loss_ratio"] is not None:
+        steps = _with_spread(summary, "steps_to_baseline_loss_ratio", 1, 2)
+        sentences.append(f"The lone sites' final loss is reached after {steps} of the steps.")
     elif losses["codistilled"] is not None and losses["alone"] is not None:
         sentences.append("Not every codistilled site reached the lone sites' final loss.")
+    if summary["seconds_ratio_vs_alone"] is not None:
+        seconds = _with_spread(summary, "seconds_ratio_vs_alone", 1, 2)
+        sentences.append(f"Training took {seconds} times as long as alone.")
+    if len(summary["seeds"]) > 1:
+        sentences.append(f"Each figure is the mean of {len(summary['seeds'])} seeds, ± half their range.")
     return " ".join(sentences)
 
 
-def _gap_sentence(gap: float, over_seeds: Mapping[str, float] | None, num_seeds: int) -> str:
-    if gap < 0:
+def _gap_sentence(summary: Summary) -> str:
+    if summary["gap_closed_ratio"] < 0:
         return "Codistillation made it worse than being alone: no part of the gap is closed."
-    percent = (
-        f"{100 * gap:.0f}{_plus_minus(over_seeds, 100, 0)} % of the gap between alone and pooled is closed"
-    )
-    seeds = f" (mean of {num_seeds} seeds ± half their range)" if over_seeds else ""
-    return f"{percent}{seeds}, without moving a byte of training data."
+    gap = _with_spread(summary, "gap_closed_ratio", 100, 0)
+    return f"{gap} % of the gap between alone and pooled is closed, without moving a byte of training data."
 
 
-def _plus_minus(over_seeds: Mapping[str, float] | None, factor: float, num_digits: int) -> str:
-    return f" ± {factor * over_seeds['half_range']:.{num_digits}f}" if over_seeds else ""
+def _with_spread(summary: Summary, name: str, factor: float, num_digits: int) -> str:
+    """The figure `name`; over several seeds with half its range."""
+    figure = f"{factor * summary[name]:.{num_digits}f}"
+    spread = summary["over_seeds"] and summary["over_seeds"][name]
+    return f"{figure} ± {factor * spread['half_range']:.{num_digits}f}" if spread else figure
 
 
 ABSENT = "–"
@@ -350,7 +386,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return None if total is None else total / len(values)
 
 
-def _ratio(numerator: float | None, denominator: float) -> float | None:
+def _ratio(numerator: float | None, denominator: float | None) -> float | None:
     return numerator / denominator if numerator is not None and denominator else None
 
 

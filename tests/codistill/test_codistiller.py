@@ -25,7 +25,7 @@ from p2pcodistill.checkpoint.snapshot import Snapshot, take_snapshot
 from p2pcodistill.codistill.codistiller import Codistiller
 from p2pcodistill.codistill.exchange import Inbox, MemoryBoard, Offer
 from p2pcodistill.config import CodistillationConfig
-from p2pcodistill.errors import NonFiniteError
+from p2pcodistill.errors import ConfigError, NonFiniteError
 from p2pcodistill.telemetry import Event, SnapshotSkipped, TeacherRefused, TeacherSwapped
 
 EACH_STEP = CodistillationConfig(
@@ -137,6 +137,67 @@ def test_distillation_begins_after_burn_in_and_with_a_teacher(exchange: Scripted
     assert codistiller.last_distillation_loss.item() == pytest.approx(expected.item(), rel=1e-2)
 
 
+IN_BURN_IN = CodistillationConfig(burn_in_steps=100)
+
+
+def returns_a_tuple(model: nn.Module, inputs: Any, state: Any) -> tuple[Any, Any]:
+    return (model(inputs), None), None
+
+
+@pytest.mark.parametrize(
+    ("forward", "inputs", "sentence"),
+    [
+        (None, torch.ones(2, 7), "RuntimeError: mat1 and mat2"),
+        (lambda model, inputs, state: model(inputs), torch.ones(3, 3), "too many values to unpack"),
+        (returns_a_tuple, torch.ones(2, 3), "'tuple' object has no attribute"),
+        (
+            lambda model, inputs, state: (model(inputs)[:1], None),
+            torch.ones(2, 3),
+            r"\(1, 4\), the student's \(2, 4\)",
+        ),
+    ],
+)
+def test_a_forward_that_does_not_fit_is_told_at_the_first_step(
+    exchange: ScriptedExchange, forward: Any, inputs: Tensor, sentence: str
+) -> None:
+    codistiller = Codistiller(
+        linear(0), IN_BURN_IN, exchange=exchange, teachers={"tokyo": 1.0}, forward=forward
+    )
+    with pytest.raises(ConfigError, match=sentence) as raised:
+        codistiller.loss(torch.zeros(2, 4), inputs)
+    assert "forward=" in str(raised.value) and "\n" not in str(raised.value)
+    assert raised.value.__cause__ is not None
+
+
+def test_logits_without_classes_are_told_at_the_first_step(exchange: ScriptedExchange) -> None:
+    codistiller = joined(nn.Linear(3, 1), exchange, IN_BURN_IN)
+    with pytest.raises(ConfigError, match="two or more classes"):
+        codistiller.loss(torch.zeros(2, 1), torch.ones(2, 3))
+
+
+def test_the_trial_happens_once_and_leaves_no_trace(exchange: ScriptedExchange) -> None:
+    states: list[Any] = []
+
+    def forward(model: nn.Module, inputs: Any, state: Any) -> tuple[Tensor, Any]:
+        states.append(state)
+        assert not model.training and not torch.is_grad_enabled()
+        return model(inputs), len(states)
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))
+    config = CodistillationConfig(burn_in_steps=3, agreement_interval_steps=1)
+    codistiller = Codistiller(model, config, exchange=exchange, teachers={"tokyo": 1.0}, forward=forward)
+    exchange.ready = frame_of(model, 10)
+    exchange.offer(10)
+    inputs = torch.ones(2, 3)
+    random_state = torch.get_rng_state()
+    codistiller.loss(torch.zeros(2, 4), inputs)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for _ in range(5):
+        codistiller.step()
+        codistiller.loss(torch.zeros(2, 4), inputs)
+    assert states == [None, None, 2, 3], "the trial, then the teacher from its first state on"
+
+
 def test_two_students_of_one_process_come_to_agree() -> None:
     torch.manual_seed(0)
     board = MemoryBoard()
@@ -189,7 +250,7 @@ def test_weights_that_are_not_finite_are_not_published() -> None:
 
 def test_snapshots_are_published_at_their_interval_and_once_at_the_end(exchange: ScriptedExchange) -> None:
     model = linear(0)
-    codistiller = joined(model, exchange, CodistillationConfig(exchange_interval_steps=3))
+    codistiller = joined(model, exchange, CodistillationConfig(burn_in_steps=0, exchange_interval_steps=3))
     for _ in range(7):
         codistiller.step()
     codistiller.publish()
@@ -200,11 +261,22 @@ def test_snapshots_are_published_at_their_interval_and_once_at_the_end(exchange:
 
 
 def test_what_is_published_at_the_last_step_is_not_published_twice(exchange: ScriptedExchange) -> None:
-    codistiller = joined(linear(0), exchange, CodistillationConfig(exchange_interval_steps=3))
+    config = CodistillationConfig(burn_in_steps=3, exchange_interval_steps=3)
+    codistiller = joined(linear(0), exchange, config)
     for _ in range(6):
         codistiller.step()
     codistiller.publish()
     assert [snapshot.step for snapshot in exchange.published] == [3, 6]
+
+
+def test_in_burn_in_only_the_end_of_training_is_published(exchange: ScriptedExchange) -> None:
+    config = CodistillationConfig(burn_in_steps=10, exchange_interval_steps=1)
+    codistiller = joined(linear(0), exchange, config)
+    for _ in range(9):
+        codistiller.step()
+    assert exchange.published == []
+    codistiller.publish()
+    assert [snapshot.step for snapshot in exchange.published] == [9]
 
 
 def test_a_student_from_whom_nobody_learns_publishes_nothing(exchange: ScriptedExchange) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2pcodistill.codistill.losses import Aggregation, DistillationLoss, distillation_loss
 
@@ -140,6 +142,44 @@ def test_computes_in_float32_under_autocast() -> None:
         low = distillation_loss(student.bfloat16(), [teacher.bfloat16()], [1.0])
     assert torch.equal(psi, exact)
     assert low.dtype == torch.float32
+
+
+@pytest.mark.parametrize("loss", ["soft-cross-entropy", "kl"])
+@pytest.mark.parametrize("shape", [(), (5,), (5, 1), (0,)])
+def test_logits_that_are_no_distributions_are_refused(loss: DistillationLoss, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="two or more classes"):
+        distillation_loss(torch.zeros(shape), [torch.zeros(shape)], [1.0], loss=loss)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (5, 1)])
+def test_squared_error_compares_any_numbers(shape: tuple[int, ...]) -> None:
+    psi = distillation_loss(torch.zeros(shape), [torch.full(shape, 2.0)], [1.0], loss="squared-error")
+    assert psi.item() == 4.0
+
+
+class Operations(TorchDispatchMode):
+    """Records the names of all operations on tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_nothing_waits_for_the_device(
+    logits: tuple[Tensor, list[Tensor]], loss: DistillationLoss, aggregation: Aggregation
+) -> None:
+    student, teachers = logits
+    with Operations() as operations:
+        distillation_loss(student, teachers, [0.25, 0.75], loss=loss, aggregation=aggregation)
+    # A tensor made from Python numbers is copied to the device, a number taken from a tensor is copied from it.
+    assert operations.names
+    assert not {"aten::lift_fresh", "aten::_to_copy", "aten::_local_scalar_dense"} & set(operations.names)
 
 
 def test_names_the_shapes_that_differ() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -150,7 +150,42 @@ def test_the_student_may_be_compiled() -> None:
     TeacherBank(compiled, {"a": 1.0}, forward_stateless).check(frame_of(model))
 
 
+def test_hooks_of_the_students_stay_with_the_student() -> None:
+    num_calls = 0
+
+    def hook(*_arguments: object) -> None:
+        nonlocal num_calls
+        num_calls += 1
+
+    student = nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 4)), nn.Linear(4, 5))
+    for part in student.modules():
+        part.register_forward_pre_hook(hook)
+        part.register_forward_hook(hook)
+        part.register_forward_hook(hook, with_kwargs=False, always_call=True)
+        part.register_full_backward_pre_hook(hook)
+        part.register_full_backward_hook(hook)
+    bank = TeacherBank(student, {"a": 1.0}, forward_stateless)
+    peer = nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 4)), nn.Linear(4, 5))
+    bank.load("a", frame_of(peer), (0, 1))
+    inputs = torch.ones(2, 3)
+    [logits], _ = bank.predict(inputs)
+    assert num_calls == 0
+    peer.eval()
+    torch.testing.assert_close(logits, peer(inputs), rtol=1e-2, atol=1e-2)
+    student(inputs.requires_grad_()).sum().backward()
+    assert num_calls == 3 * 5, "five kinds of hooks on three modules"
+
+
+class Carried(NamedTuple):
+    """A state with names."""
+
+    hidden: Tensor
+    cell: Tensor
+
+
 def test_states_are_mapped_through_their_containers() -> None:
+    named = map_tensors(lambda tensor: tensor * 2, Carried(torch.ones(2), torch.zeros(1)))
+    assert isinstance(named, Carried) and torch.equal(named.hidden, torch.full((2,), 2.0))
     state = {"h": (torch.ones(2), [torch.zeros(1)]), "n": 3, "none": None}
     doubled = map_tensors(lambda tensor: tensor * 2, state)
     assert torch.equal(doubled["h"][0], torch.full((2,), 2.0))

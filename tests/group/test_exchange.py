@@ -102,11 +102,12 @@ def test_what_is_said_after_a_snapshot_arrives_after_it(exchange: GroupExchange,
     exchange.publish(snapshot(1))
     exchange.report(Evaluated(1, 2.5, 0.1))
     exchange.close()
-    stub_node.wait_for(lambda: len(stub_node.messages) == 3)
+    stub_node.wait_for(lambda: len(stub_node.messages) == 4)
     assert [type(message).__name__ for message in stub_node.messages] == [
         "Joined",
         "FrameReady",
         "EventHappened",
+        "Left",
     ]
 
 
@@ -121,13 +122,15 @@ def test_weights_that_are_not_finite_are_skipped(exchange: GroupExchange, stub_n
 
 
 def test_a_full_disk_skips_the_snapshot(
-    exchange: GroupExchange, stub_node, monkeypatch: pytest.MonkeyPatch
+    exchange: GroupExchange, stub_node, spec: GroupSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_faults = 0
 
     def write_bytes(self: Path, data: bytes) -> int:
         nonlocal num_faults
         num_faults += 1
+        with self.open("wb") as file:
+            file.write(data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
@@ -136,6 +139,7 @@ def test_a_full_disk_skips_the_snapshot(
     [event] = stub_node.events
     assert isinstance(event, SnapshotSkipped) and "No space left" in event.why
     assert num_faults == 1
+    assert list(spec.outbox_folder.iterdir()) == [], "what was written takes no space"
 
 
 def test_what_a_killed_rank_was_writing_is_removed(spec: GroupSpec, stub_node) -> None:

@@ -21,7 +21,7 @@ from p2pcodistill.config import GROUP_SPEC_VARIABLE, GroupConfig, GroupSpec, Tra
 from p2pcodistill.errors import GroupError
 from p2pcodistill.group import exchange as exchange_module
 from p2pcodistill.group import train as train_module
-from p2pcodistill.group.link import EventHappened, FrameOffer, RankLink, StopRequested
+from p2pcodistill.group.link import EventHappened, FrameOffer, Left, RankLink, StopRequested
 from p2pcodistill.group.train import choose_device, choose_precision, learning_rate, main, train
 from p2pcodistill.tasks.language_model import ByteLSTM, LanguageModelTask
 from p2pcodistill.telemetry import (
@@ -56,7 +56,7 @@ def run(launch: Launch, stub_node) -> Callable[[GroupSpec], dict[str, Tensor]]:
         launch(spec)
         torch.manual_seed(12345)  # a new process has random states of its own
         train(spec)
-        stub_node.wait_for_event(TrainingEnded)
+        stub_node.wait_for(lambda: stub_node.messages[-1] == Left())
         return load_file(spec.model_path) if spec.model_path.exists() else {}
 
     return run_rank
@@ -109,7 +109,7 @@ def test_a_run_tells_its_story_and_leaves_a_model(spec: GroupSpec, run: Any, stu
     published = [frame.step for frame in stub_node.frames]
     skipped = [event.step for event in events if isinstance(event, SnapshotSkipped)]
     assert sorted(published + skipped) == [5, 10, 12] and published[-1] == 12, "the last step is published"
-    assert isinstance(stub_node.messages[-1], EventHappened), "everything was handed over before the end"
+    assert isinstance(stub_node.messages[-2], EventHappened), "everything was handed over before the end"
     load_model(ByteLSTM(spec.task), spec.model_path)
 
 
@@ -222,15 +222,27 @@ def test_a_resumed_run_has_the_teachers_of_the_store_at_its_first_step(
     assert (swap.step, swap.teacher_step) == (10, 100)
 
 
-def test_a_finished_run_that_is_started_again_only_says_so(
+def test_a_finished_run_that_is_started_again_evaluates_and_publishes_once_more(
     spec: GroupSpec, run: Any, stub_node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model_tensors = run(spec)
+    val_loss = [event.val_loss for event in stub_node.events if isinstance(event, Evaluated)][-1]
     crashes = crash_at(monkeypatch, 0)
     assert_same_model(run(spec), model_tensors)
-    [event] = stub_node.events
-    assert isinstance(event, TrainingEnded) and event.finished and event.step == 12
-    assert stub_node.frames == [] and crashes == []
+    evaluated, ended = stub_node.events
+    assert isinstance(evaluated, Evaluated) and (evaluated.step, evaluated.val_loss) == (12, val_loss)
+    assert isinstance(ended, TrainingEnded) and ended.finished and ended.step == 12
+    assert [frame.step for frame in stub_node.frames] == [12]
+    assert crashes == []
+
+
+def test_only_the_rank_that_reports_collects_measurements(spec: GroupSpec, launch: Launch) -> None:
+    launch(with_training(spec, report_interval_steps=1000))
+    training = train_module.Training(spec, torch.device("cpu"), None)
+    training._rank = 1
+    training.run()
+    assert training._step == spec.training.num_steps
+    assert training._meter._losses == []
 
 
 def test_a_crash_after_the_model_was_written_is_repaired(

@@ -97,6 +97,21 @@ def test_a_damaged_one_falls_back_to_the_one_before(
     assert loaded_step(checkpoints) == 2, "the damaged one is replaced when training gets there again"
 
 
+def test_what_training_went_back_behind_is_abandoned(
+    checkpoints: TrainingCheckpoints, tmp_path: Path
+) -> None:
+    save(checkpoints, 10, 20)
+    shared = tmp_path / "training" / "step-00000020" / "shared.pt"
+    intact = shared.read_bytes()
+    damage(shared, "one bit flipped")
+    assert loaded_step(checkpoints) == 10
+    shared.write_bytes(intact)  # only that reading of it failed
+    save(checkpoints, 15)
+    assert loaded_step(checkpoints) == 15, "another branch is not gone on with"
+    kept = sorted(path.name for path in (tmp_path / "training").iterdir())
+    assert kept == ["step-00000010", "step-00000015"]
+
+
 class Killed(BaseException):
     """The process ends here."""
 

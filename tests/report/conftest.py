@@ -73,7 +73,9 @@ def site_events(
                 yield VersionAnnounced(peer, 1, step - 20 * index, FRAME_BYTES)
                 sent, received = sent + FRAME_BYTES + 2000, received + FRAME_BYTES + 1800
             yield TrafficMeasured(sent, received, {}, {})
-    yield TrainingEnded(num_steps, True, 0.0009 * num_steps / 10 if peers else 0.0, num_steps / 15.5)
+    yield TrainingEnded(
+        num_steps, True, 0.0009 * num_steps / 10 if peers else 0.0, num_steps / (15.5 if peers else 20.5)
+    )
     yield GroupExited(0, None)
     yield NodeStopped(site, "finished")
 

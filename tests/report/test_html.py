@@ -65,6 +65,7 @@ def test_the_page_tells_the_outcome(make_arms, write):
     assert headline(summarise("pair", arms, 2000)) in page.text
     for told in ("95 %", "0.65", "117×", "0.14 %", "64.5 MB", "1.473", "torch", "2.13.0"):
         assert told in page.text
+    assert "Equal steps are not equal compute" in page.text
     assert "Every site: 940,000 parameters, float32 on cpu." in page.text
     assert page.tags.count("svg") == 3
     assert "To be read with care" not in page.text
@@ -73,6 +74,7 @@ def test_the_page_tells_the_outcome(make_arms, write):
 def test_several_seeds_get_a_column_and_a_band(make_arms, write):
     _, page = write(make_arms(seeds=(0, 1)))
     assert "means over 2 seeds" in page.text
+    assert page.text.count(", mean of 2 seeds") == 2, "the tiles say so too"
     assert page.tags.count("tr") == 1 + 2 * 5 + 1
 
 

@@ -152,6 +152,55 @@ def test_several_seeds_give_mean_and_half_the_range():
     assert "mean of 2 seeds" in headline(summary)
 
 
+def test_seeds_count_alike_however_wide_their_gaps_are():
+    # Gaps of 1.0 and 0.1, of which 0.8 and 0.2 are closed: the ratio of the mean losses would be 0.75.
+    arms = simple_arms(seed=0) + simple_arms(berlin=1.97, tokyo=1.99, pooled=1.9, seed=1)
+    summary = summarise("pair", arms, 100)
+    assert summary["gap_closed_ratio"] == pytest.approx(0.5)
+    assert summary["gap_closed_ratio"] == summary["over_seeds"]["gap_closed_ratio"]["mean"]
+    assert "50 ± 30 % of the gap" in headline(summary)
+    assert headline(summary).endswith("Each figure is the mean of 2 seeds, ± half their range.")
+
+
+def test_a_seed_without_a_gap_leaves_the_mean_untold():
+    summary = summarise("pair", simple_arms(seed=0) + simple_arms(pooled=2.5, seed=1), 100)
+    assert summary["gap_closed_ratio"] is None
+    [note] = summary["notes"]
+    assert note.startswith("Pooling the data gained nothing over being alone, seed 1:")
+    assert "gained nothing here, seed 1, so there was no gap" in headline(summary)
+
+
+def timed_arms(codistilled_s: float, alone_s: float, seed: int = 0) -> list[ArmResult]:
+    arms = simple_arms(seed=seed)
+    for arm, duration_s in zip(arms, (codistilled_s, alone_s, 1.0), strict=True):
+        for index, history in enumerate(arm.sites.values()):
+            history.duration_s = duration_s + index
+    return arms
+
+
+def test_what_codistillation_costs_in_seconds():
+    summary = summarise("pair", timed_arms(14.5, 9.5), 100)
+    assert summary["seconds_ratio_vs_alone"] == pytest.approx(15 / 10)
+    assert "Training took 1.50 times as long as alone." in headline(summary)
+    two_seeds = summarise("pair", timed_arms(14.5, 9.5) + timed_arms(24.5, 9.5, seed=1), 100)
+    assert two_seeds["seconds_ratio_vs_alone"] == pytest.approx(2.0)
+    assert "took 2.00 ± 0.50 times" in headline(two_seeds)
+
+
+@pytest.mark.parametrize("fault", ["no seconds", "not finished", "no arm"])
+def test_seconds_that_are_missing_are_not_compared(fault):
+    arms = timed_arms(14.5, 9.5)
+    if fault == "no seconds":
+        arms[1].sites["tokyo"].duration_s = 0.0
+    elif fault == "not finished":
+        arms[0].sites["tokyo"].finished, arms[0].sites["tokyo"].evaluations = False, [(50, 1.9)]
+    else:
+        del arms[1]
+    summary = summarise("pair", arms, 100)
+    assert summary["seconds_ratio_vs_alone"] is None
+    assert "Training took" not in headline(summary)
+
+
 def test_the_baseline_is_that_of_the_same_seed():
     easy = simple_arms(seed=1)
     easy[1] = ArmResult("alone", "alone", 1, {"berlin": site((100, 2.6)), "tokyo": site((100, 2.6))})
@@ -182,7 +231,8 @@ def test_the_headline_of_a_good_run(make_arms):
     assert headline(summarise("pair", make_arms(), 2000)) == (
         "Held-out losses end, in nats/byte: codistilled sites at 1.485, sites alone at 1.601, one site with all data pooled "
         "at 1.479. 95 % of the gap between alone and pooled is closed, without moving a byte of training data. "
-        "The lone sites' final loss is reached after 0.65 of the steps."
+        "The lone sites' final loss is reached after 0.65 of the steps. Training took 1.33 times as long as "
+        "alone."
     )
 
 

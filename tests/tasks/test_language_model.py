@@ -39,6 +39,7 @@ def spec_of(folder: Path, task: LanguageModelConfig, *, batch_size: int = 4) -> 
         outbox_folder=folder,
         training_folder=folder,
         model_path=folder / "model.safetensors",
+        error_path=folder / "error.txt",
         teachers={},
         num_students=1,
         shard_index=0,
