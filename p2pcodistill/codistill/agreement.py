@@ -52,14 +52,18 @@ class Agreement:
         self._group = process_group
         self._max_bulletin_bytes = 64 + _MAX_OFFER_BYTES * len(self._teachers)
         self._works: list[dist.Work] = []
-        self._bulletin: Tensor | None = None
-        self._votes: Tensor | None = None
+        self._is_open = False
+        # Kept for good: whoever lets go of a tensor last needs the interpreter, and gloo's thread must never be that one,
+        # or a process that is about to exit aborts.
+        self._bulletin = torch.zeros(self._max_bulletin_bytes, dtype=torch.uint8)
+        self._votes = torch.zeros(len(self._teachers), dtype=torch.int32)
 
     def propose(self, inbox: Inbox, votes: Mapping[str, Vote]) -> None:
         """Begin a round. `inbox` counts on rank 0 only. Ends before the next `propose` by `conclude`."""
-        assert self._bulletin is None, "a round is concluded before the next one begins"
-        self._bulletin = self._encode(inbox)
-        self._votes = torch.tensor([votes[teacher] for teacher in self._teachers], dtype=torch.int32)
+        assert not self._is_open, "a round is concluded before the next one begins"
+        self._is_open = True
+        self._bulletin.copy_(self._encode(inbox))
+        self._votes.copy_(torch.tensor([votes[teacher] for teacher in self._teachers], dtype=torch.int32))
         if self._group is not None:
             group = self._group
             self._works = [dist.broadcast(self._bulletin, group=group, group_src=0, async_op=True)]
@@ -68,12 +72,12 @@ class Agreement:
 
     def conclude(self) -> Decision | None:
         """Wait for the ranks that have yet to propose, then the decision; None when no round is on."""
-        if self._bulletin is None or self._votes is None:
+        if not self._is_open:
             return None
         for work in self._works:
             work.wait()
         inbox, votes = self._decode(self._bulletin), self._votes.tolist()
-        self._bulletin = self._votes = None
+        self._is_open = False
         self._works = []
         return Decision(inbox, dict(zip(self._teachers, map(Vote, votes), strict=True)))
 

@@ -343,4 +343,9 @@ def save_model_file(model: nn.Module, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is written. Threads of gloo and DDP that ask for the interpreter while it shuts down would abort the process,
+    # and the node would take that for a crash.
+    os._exit(status)

@@ -130,6 +130,7 @@ def spec(stub_node: StubNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         outbox_folder=tmp_path / "outbox",
         training_folder=tmp_path / "training",
         model_path=tmp_path / "model.safetensors",
+        error_path=tmp_path / "error.txt",
         teachers={},
         num_students=1,
         shard_index=0,
