@@ -39,8 +39,8 @@ class Group:
         spec_path.write_text(spec.model_dump_json(indent=2))
         spec.error_path.unlink(missing_ok=True)
         environment = {
-            # Threads that spin for long while they wait steal the cores that other processes of the machine need: 0.7 instead
-            # of 14 steps/s were seen on two busy cores. Spinning briefly is as fast where the cores are idle.
+            # Threads that spin for long while they wait steal the cores that others need (0.7 instead of 14 steps/s were
+            # seen on two busy cores); spinning briefly is as fast where the cores are idle.
             "GOMP_SPINCOUNT": "1000",
             **os.environ,
             GROUP_SPEC_VARIABLE: str(spec_path),

@@ -346,6 +346,6 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Everything is written. Threads of gloo and DDP that ask for the interpreter while it shuts down would abort the process,
-    # and the node would take that for a crash.
+    # Everything is written. Threads of gloo and DDP that ask for the interpreter while it shuts down would abort the
+    # process, and the node would take that for a crash.
     os._exit(status)

@@ -305,11 +305,12 @@ def _mark_baseline(axes: Axes, arms: Sequence[ArmResult], summary: Summary, colo
                 *crossing, "o", color=colours[site], markersize=7.5, mec="white", zorder=5, clip_on=False
             )
             reached.append((site, crossing[0]))
-    text = f"lone sites' mean final loss, {baseline_loss:.3f}"
+    # Short lines: the curves come down to this level somewhere in the middle.
+    text = f"lone sites' mean\nfinal loss, {baseline_loss:.3f}"
     if len(reached) > 2:
-        text += f"\nreached between steps {min(reached, key=_last)[1]} and {max(reached, key=_last)[1]}"
+        text += f"\nreached between steps\n{min(reached, key=_last)[1]} and {max(reached, key=_last)[1]}"
     elif reached:
-        text += "\nreached at step " + " and ".join(f"{step} ({site})" for site, step in reached)
+        text += "\nreached at step\n" + "\n".join(f"{step} ({site})" for site, step in reached)
     low, high = axes.get_ylim()
     below = baseline_loss - low > 0.2 * (high - low)
     # Early in the run every curve is far above this line, so the room around its left end is free.

@@ -40,11 +40,11 @@ def curves(arms, num_steps: int = 2000) -> Figure:
 def test_every_line_has_its_label_and_a_site_its_colour(make_arms):
     arms = make_arms()
     figure = curves(arms)
-    labels = " | ".join(texts(figure))
+    labels = " | ".join(texts(figure)).replace("\n", " ")
     for label in ("berlin, codistilled  1.473", "tokyo, alone  1.613", "all data pooled  1.479"):
         assert label in labels
     assert "lone sites' mean final loss, 1.601" in labels
-    assert "reached at step 1250 (berlin) and 1350 (tokyo)" in labels
+    assert "reached at step 1250 (berlin) 1350 (tokyo)" in labels
     assert "burn-in: no distillation yet" in labels
     colours = site_colours(arms)
     by_colour = [line.get_color() for line in figure.axes[0].lines]
