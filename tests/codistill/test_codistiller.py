@@ -528,3 +528,4 @@ def test_two_ranks_swap_at_the_same_steps_and_stay_equal(tmp_path: Path) -> None
 
 if __name__ == "__main__":
     rank_main(int(sys.argv[1]), Path(sys.argv[2]))
+    os._exit(0)  # as `group.train` does, and for the same reason

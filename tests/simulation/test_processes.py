@@ -176,11 +176,20 @@ class Simulation:
 
 @pytest.fixture
 def simulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulation]:
-    before = psutil.Process().children(recursive=True)
+    before = living_descendants()
+    # A shell that runs the tests in the background has SIGINT ignored; here it is as a user's terminal has it.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     yield Simulation(tmp_path, monkeypatch)
-    assert psutil.Process().children(recursive=True) == before, "processes were left behind"
+    assert living_descendants() == before, "processes were left behind"
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
+    signal.signal(signal.SIGINT, inherited)
+
+
+def living_descendants() -> list[psutil.Process]:
+    """Without the dead that this process has yet to collect: other tests have it adopt orphans."""
+    found = psutil.Process().children(recursive=True)
+    return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_all_arms_finish_and_are_reported(simulation: Simulation) -> None:
