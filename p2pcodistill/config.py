@@ -71,6 +71,23 @@ class CodistillationConfig(StrictModel):
     """Divides student's and teachers' logits in the distillation loss (scaled by its square); the paper uses 1."""
     agreement_interval_steps: PositiveInt = 5
     """Steps between two votes of the ranks on swapping teachers and on stopping."""
+    teacher_precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    """How a teacher's weights are kept in memory, apart from how they travel; `float32`: in the student's own dtypes."""
+    teacher_average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Publish a moving average of the student with this decay a step (0.98: of some 50 steps); 0: the student as it is."""
+
+
+class FramesConfig(StrictModel):
+    """How this site's checkpoints travel: a keyframe first, then delta frames against what its students hold."""
+
+    delta: Literal["adaptive", "ternary", "3-bit", "4-bit", "8-bit", "lossless", "off"] = "adaptive"
+    """Codes of delta frames. `adaptive`: as coarse as the target allows; `lossless`: bit for bit; `off`: only keyframes."""
+    keyframe: Literal["fp16", "bf16", "fp32", "int8"] = "fp16"
+    """Precision of a chain's first keyframe. What it loses, the delta frames after it make up for."""
+    target_error: Annotated[float, Field(gt=0, lt=1)] = 0.11
+    """Constant quality: the error of what students decode (rms), as a share of the weights' own rms."""
+    exchange_budget_bytes: PositiveInt | None = None
+    """Constant rate, in place of constant quality: as exact as this many bytes a delta frame allow."""
 
 
 class TrainingConfig(StrictModel):
@@ -194,6 +211,7 @@ class NodeConfig(StrictModel):
     task: LanguageModelConfig = LanguageModelConfig()
     training: TrainingConfig = TrainingConfig()
     codistillation: CodistillationConfig = CodistillationConfig()
+    frames: FramesConfig = FramesConfig()
 
     @property
     def ordered_members(self) -> tuple[str, ...]:
@@ -239,6 +257,7 @@ class GroupSpec(StrictModel):
     task: LanguageModelConfig
     training: TrainingConfig
     codistillation: CodistillationConfig
+    frames: FramesConfig
 
 
 GROUP_SPEC_VARIABLE = "P2PCODISTILL_GROUP"

@@ -6,26 +6,44 @@ the same frames.
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from p2pcodistill.checkpoint.frames import DecodedFrame, decode_frame, encode_keyframe
+from p2pcodistill.checkpoint.chain import cheapest_path, worth_keeping
+from p2pcodistill.checkpoint.decoder import decode_frame
+from p2pcodistill.checkpoint.encoder import EncodedFrame, FrameEncoder
+from p2pcodistill.checkpoint.manifest import Version
+from p2pcodistill.checkpoint.reference import Reference
 from p2pcodistill.checkpoint.snapshot import Snapshot
+from p2pcodistill.config import FramesConfig
 from p2pcodistill.errors import NonFiniteError, RefusedError
-from p2pcodistill.telemetry import Event, SnapshotSkipped
+from p2pcodistill.telemetry import Event, FramePublished, SnapshotSkipped
+
+
+class ChainFile(NamedTuple):
+    """One frame of a chain: the version that it leads to, and the name of its file."""
+
+    incarnation: int
+    step: int
+    file_name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A teacher's checkpoint that is there to be read. `path` is where; every rank must be able to read it."""
+    """A teacher's checkpoint that is there to be read: a chain of frames, of which the last leads to it.
+
+    The files lie in `folder`, which every rank must be able to read; frames that a rank has applied already may be left out.
+    """
 
     teacher: str
     incarnation: int
     step: int
-    path: str
+    folder: str
+    frames: tuple[ChainFile, ...]
 
     @property
     def version(self) -> tuple[int, int]:
@@ -50,10 +68,11 @@ class Exchange(Protocol):
     def inbox(self) -> Inbox:
         """Rank 0: what has arrived so far; empty on other ranks."""
 
-    def prepare(self, offer: Offer) -> Future[DecodedFrame]:
+    def prepare(self, offer: Offer) -> Future[Reference]:
         """Every rank: read and decode a checkpoint beside the training thread.
 
-        The future raises RefusedError for a frame that is not acceptable and OSError for one that cannot be read.
+        The reference stays as it is until the same teacher's next offer is prepared. The future raises RefusedError for a
+        frame that is not acceptable and OSError for one that cannot be read.
         """
 
     def report(self, event: Event) -> None:
@@ -63,33 +82,59 @@ class Exchange(Protocol):
         """Hand over what was published and reported, then end. Safe to call twice."""
 
 
+@dataclass(frozen=True, slots=True)
+class _BoardFrame:
+    """A frame on the board; a `chain.ChainFrame`."""
+
+    version: Version
+    base: Version | None
+    data: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.data)
+
+
 class MemoryBoard:
-    """Where the students of one process (in any of its threads) publish and find each other's newest frame."""
+    """Where the students of one process (in any of its threads) publish and find each other's chains of frames."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._frames: dict[str, tuple[int, bytes]] = {}
+        self._frames: dict[str, list[_BoardFrame]] = {}
 
     def exchange(
         self,
         student: str,
         teachers: Collection[str],
         *,
+        frames: FramesConfig | None = None,
         max_frame_bytes: int = 1 << 30,
         on_event: Callable[[Event], None] = lambda _event: None,
     ) -> Exchange:
         """The exchange of `student`, which learns from `teachers`; its events go to `on_event`."""
-        return _MemoryExchange(self, student, tuple(teachers), max_frame_bytes, on_event)
+        encoder = FrameEncoder(frames or FramesConfig())
+        return _MemoryExchange(self, student, tuple(teachers), encoder, max_frame_bytes, on_event)
 
-    def put(self, student: str, step: int, frame: bytes) -> None:
-        """Make `frame` the newest one of `student`."""
+    def put(self, student: str, frame: EncodedFrame, data: bytes) -> None:
+        """Add a frame of `student`, and drop those that nobody will want any more."""
+        base = None if frame.base_step is None else Version(0, frame.base_step)
         with self._lock:
-            self._frames[student] = (step, frame)
+            frames = self._frames.setdefault(student, [])
+            frames.append(_BoardFrame(Version(0, frame.step), base, data))
+            frames[:] = worth_keeping(frames)
 
-    def newest(self, student: str) -> tuple[int, bytes] | None:
-        """(step, frame) of the newest checkpoint of `student`."""
+    def newest(self, student: str) -> int | None:
+        """The step of the newest checkpoint of `student`."""
         with self._lock:
-            return self._frames.get(student)
+            frames = self._frames.get(student)
+            return frames[-1].version.step if frames else None
+
+    def path(self, student: str, held_step: int | None, step: int) -> list[bytes] | None:
+        """The frames that lead from `held_step` (None: from nothing) to `step`; None if some are gone."""
+        held = None if held_step is None else Version(0, held_step)
+        with self._lock:
+            path = cheapest_path(self._frames[student], held, Version(0, step))
+        return None if path is None else [frame.data for frame in path]
 
 
 class _MemoryExchange:
@@ -100,34 +145,53 @@ class _MemoryExchange:
         board: MemoryBoard,
         student: str,
         teachers: tuple[str, ...],
+        encoder: FrameEncoder,
         max_frame_bytes: int,
         on_event: Callable[[Event], None],
     ) -> None:
         self._board = board
         self._student = student
         self._teachers = teachers
+        self._encoder = encoder
         self._max_frame_bytes = max_frame_bytes
         self._on_event = on_event
-        # An offer holds on to its frame, as a file does.
-        self._offered: dict[str, tuple[int, bytes]] = {}
+        self._references: dict[str, Reference] = {}
 
     def publish(self, snapshot: Snapshot) -> None:
+        sink = io.BytesIO()
         try:
-            self._board.put(self._student, snapshot.step, encode_keyframe(snapshot))
+            frame = self._encoder.encode(snapshot, sink)
         except NonFiniteError as error:
             self.report(SnapshotSkipped(snapshot.step, str(error)))
+            return
+        self._board.put(self._student, frame, sink.getvalue())
+        kind = "keyframe" if frame.base_step is None else "delta"
+        self.report(FramePublished(0, frame.step, kind, frame.num_bytes, frame.num_fp16_bytes))
+        if self._encoder.wants_final_keyframe:  # whoever comes late cannot ask for one here
+            sink = io.BytesIO()
+            keyframe = self._encoder.encode_keyframe_of_reference(sink)
+            assert keyframe is not None
+            self._board.put(self._student, keyframe, sink.getvalue())
 
     def inbox(self) -> Inbox:
         newest = {teacher: self._board.newest(teacher) for teacher in self._teachers}
-        self._offered = {teacher: found for teacher, found in newest.items() if found is not None}
-        return Inbox({teacher: Offer(teacher, 0, step, "") for teacher, (step, _) in self._offered.items()})
+        return Inbox(
+            {teacher: Offer(teacher, 0, step, "", ()) for teacher, step in newest.items() if step is not None}
+        )
 
-    def prepare(self, offer: Offer) -> Future[DecodedFrame]:
-        future: Future[DecodedFrame] = Future()
+    def prepare(self, offer: Offer) -> Future[Reference]:
+        future: Future[Reference] = Future()
+        reference = self._references.pop(offer.teacher, None)
         try:
-            _, frame = self._offered[offer.teacher]
-            future.set_result(decode_frame(frame, max_bytes=self._max_frame_bytes))
-        except RefusedError as error:
+            path = self._board.path(offer.teacher, reference.step if reference else None, offer.step)
+            if path is None:  # too far behind
+                raise FileNotFoundError(f"the frames that lead {offer.teacher} to step {offer.step} are gone")
+            for data in path:
+                reference = decode_frame(data, reference, max_bytes=self._max_frame_bytes)
+            assert reference is not None
+            self._references[offer.teacher] = reference
+            future.set_result(reference)
+        except (RefusedError, FileNotFoundError) as error:
             future.set_exception(error)
         return future
 

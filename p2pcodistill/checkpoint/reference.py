@@ -1,0 +1,111 @@
+"""The reference: the tensors that the sender and all receivers of a chain of frames agree on, bit for bit.
+
+A float parameter is fp16 here (or bf16 or fp32, as its keyframe had it), everything else is exact. A delta frame moves the
+reference in place; its checksum tells that both sides have moved alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from p2pcodistill.checkpoint.snapshot import dtype_name, hash_schema
+
+_MIX = 0x9E3779B97F4A7C15
+_ROW_WORDS = 128
+_CHUNK_WORDS = 1 << 15  # rows whose sums are taken at a time: they stay in the cache
+
+
+@dataclass(slots=True)
+class Reference:
+    """A checkpoint as its receivers have it.
+
+    `tensors` are contiguous tensors as they travelled (fp16, fp32, ...: cast them to the model's), `dtypes` those of the
+    origin's own; `aliases` maps the name of a tied tensor to the one in `tensors` that holds its values.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    dtypes: dict[str, torch.dtype]
+    aliases: dict[str, str]
+    checksum: int
+
+    @property
+    def schema_hash(self) -> bytes:
+        """That of the origin's snapshot."""
+        return hash_schema(specs_of(self.tensors, self.dtypes), self.aliases)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def num_fp16_bytes(self) -> int:
+        """Bytes of the same tensors with every floating number as raw fp16."""
+        return sum(num_fp16_bytes(tensor) for tensor in self.tensors.values())
+
+
+def specs_of(
+    tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
+) -> Iterable[tuple[str, str, tuple[int, ...]]]:
+    """Name, origin's dtype and shape of each tensor: what a schema hash is made of."""
+    return ((name, dtype_name(dtypes[name]), tuple(tensor.shape)) for name, tensor in tensors.items())
+
+
+def num_fp16_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor with floating numbers as raw fp16: the yardstick for compression."""
+    if tensor.is_complex():
+        return 4 * tensor.numel()
+    return tensor.numel() * (2 if tensor.is_floating_point() else tensor.element_size())
+
+
+def checksum_tensors(tensors: Iterable[Tensor]) -> int:
+    """A 64-bit checksum of the tensors' bytes, in order; against mishap, not malice (that is what signatures are for).
+
+    A tensor's bytes, filled up with zeros, are rows of 128 little-endian 64-bit words; with m = w + (w >> 32) (the shift is
+    arithmetic), so that the high bits count everywhere, too, r_i the sum of row i's m and c_j that of column j:
+    s = sum (2i + 1) r_i + 0x9E3779B97F4A7C15 * sum (2j + 1) c_j, and over the tensors c = c * 0x9E3779B97F4A7C15 + s, all
+    modulo 2^64. Integers only, so it is the same on every device.
+    """
+    checksum = 0
+    for tensor in tensors:
+        checksum = (checksum * _MIX + _checksum(tensor)) % 2**64
+    return checksum
+
+
+def _checksum(tensor: Tensor) -> int:
+    raw = raw_bytes(tensor)
+    row_bytes = 8 * _ROW_WORDS
+    num_whole = raw.numel() - raw.numel() % row_bytes
+    whole = raw[:num_whole]
+    if whole.data_ptr() % 8:  # a view into something larger
+        whole = whole.clone()
+    words = whole.view(torch.int64)
+    columns = torch.zeros(_ROW_WORDS, dtype=torch.int64, device=raw.device)
+    total = 0
+    for start in range(0, words.numel(), _CHUNK_WORDS):
+        total += _sum_rows(words[start : start + _CHUNK_WORDS], start // _ROW_WORDS, columns)
+    if num_whole < raw.numel():
+        tail = functional.pad(raw[num_whole:], (0, row_bytes - raw.numel() % row_bytes))
+        total += _sum_rows(tail.view(torch.int64), words.numel() // _ROW_WORDS, columns)
+    odd = torch.arange(1, 2 * _ROW_WORDS, 2, dtype=torch.int64, device=raw.device)
+    return total + _MIX * int((columns * odd).sum())
+
+
+def _sum_rows(words: Tensor, first_row: int, columns: Tensor) -> int:
+    """The weighted sum of these rows, the first of which is row `first_row`; adds their columns to `columns`."""
+    mixed = (words >> 32).add_(words).view(-1, _ROW_WORDS)
+    columns += mixed.sum(0)
+    rows = mixed.sum(1)
+    odd = torch.arange(1, 2 * len(rows), 2, dtype=torch.int64, device=words.device)
+    return int((rows * odd).sum()) + 2 * first_row * int(rows.sum())
+
+
+def raw_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor, as a flat uint8 view."""
+    return tensor.reshape(-1).view(torch.uint8)

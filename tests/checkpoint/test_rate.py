@@ -1,0 +1,87 @@
+"""Rate control: the estimate is right, targets are met, and surprises are learnt from."""
+
+import io
+
+import pytest
+import torch
+
+from p2pcodistill.checkpoint.encoder import FrameEncoder
+from p2pcodistill.checkpoint.quantize import ALPHABETS, Quantizer
+from p2pcodistill.checkpoint.rate import MAX_LEFT_SHARE, RateControl, sample_difference
+from p2pcodistill.checkpoint.snapshot import Snapshot
+from p2pcodistill.config import FramesConfig
+
+NUM_ELEMENTS = 300_000
+
+
+def make_pair(change, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(NUM_ELEMENTS, generator=generator)
+    return weights, (weights + change * torch.randn(NUM_ELEMENTS, generator=generator)).half()
+
+
+def plan_for(weights, reference, **config):
+    return RateControl(FramesConfig(**config)).plan([sample_difference(weights, reference, 1 << 15)], 0)
+
+
+@pytest.mark.parametrize("name", ALPHABETS)
+def test_the_sample_tells_what_will_be_left(name):
+    weights, reference = make_pair(0.2)
+    sample = sample_difference(weights, reference, 1 << 15)
+    plan = RateControl(FramesConfig(delta=name, target_error=0.1)).plan([sample], 0)
+    Quantizer(torch.device("cpu")).encode(weights, reference, plan.alphabet, plan.step * sample.rms)
+    error = torch.dist(weights, reference.float()) / torch.linalg.norm(weights)
+    assert float(error) == pytest.approx(plan.error, rel=0.03)
+
+
+@pytest.mark.parametrize("target_error", [0.15, 0.1, 0.05, 0.01, 0.002])
+def test_a_stricter_target_is_met_by_more_bits(target_error):
+    plan = plan_for(*make_pair(0.2), target_error=target_error)
+    assert plan.error <= target_error
+    looser = plan_for(*make_pair(0.2), target_error=target_error * 1.3)
+    assert looser.num_bytes < plan.num_bytes
+
+
+def test_a_small_change_is_followed_though_the_target_is_met_without():
+    plan = plan_for(*make_pair(0.01), target_error=0.1)
+    assert plan.left_share <= MAX_LEFT_SHARE
+    assert plan.num_bytes > 0
+
+
+def test_the_more_the_weights_move_the_more_bits_they_get():
+    costs = [plan_for(*make_pair(change), target_error=0.1).num_bytes for change in (0.12, 0.2, 0.4, 0.8)]
+    assert costs == sorted(costs)
+    assert costs[-1] > 3 * costs[0]
+
+
+@pytest.mark.parametrize("budget", [20_000, 60_000, 150_000])
+def test_frames_come_to_the_budget(budget):
+    """From the third frame on: the first ones tell what the estimate is worth."""
+    encoder = FrameEncoder(FramesConfig(exchange_budget_bytes=budget))
+    weights = torch.randn(500, 600, generator=torch.Generator().manual_seed(0))
+    sizes = []
+    for step in range(6):
+        weights += 0.1 * torch.randn(500, 600, generator=torch.Generator().manual_seed(step))
+        frame = encoder.encode(Snapshot(step, {"weight": weights.clone()}, {}), io.BytesIO())
+        sizes.append(frame.num_bytes)
+    assert all(0.75 * budget <= size <= 1.05 * budget for size in sizes[2:]), sizes
+
+
+def test_a_budget_below_everything_sends_next_to_nothing():
+    plan = plan_for(*make_pair(0.2), exchange_budget_bytes=1)
+    assert plan.num_bytes < NUM_ELEMENTS / 8 * 0.01
+
+
+def test_nothing_has_moved():
+    weights, _ = make_pair(0.0)
+    plan = plan_for(weights.half().float(), weights.half())
+    assert (plan.error, plan.num_bytes) == (0.0, 0.0)
+
+
+def test_a_sample_of_a_long_tensor_is_spread_over_it():
+    weights, reference = torch.arange(1_000_000.0), torch.zeros(1_000_000)
+    sample = sample_difference(weights, reference, 10_000)
+    assert len(sample.values) == pytest.approx(10_000, abs=256)
+    assert sample.values.min() < 30_000
+    assert sample.values.max() > 950_000
+    assert sample.num_elements == 1_000_000
