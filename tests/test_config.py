@@ -28,6 +28,11 @@ def test_a_minimal_file_has_the_documented_defaults():
     assert config.codistillation.exchange_interval_steps == 50
     assert config.codistillation.loss == "soft-cross-entropy"
     assert config.training.learning_rate_schedule == "cosine"
+    assert (config.codistillation.teacher_precision, config.codistillation.teacher_average_decay) == (
+        "float32",
+        0,
+    )
+    assert (config.frames.delta, config.frames.keyframe) == ("adaptive", "fp16")
 
 
 @pytest.mark.parametrize(
@@ -46,6 +51,20 @@ def test_a_minimal_file_has_the_documented_defaults():
             {"name": "b", "codistillation": {"loss": "mse"}},
             "codistillation.loss: .*'squared-error', got 'mse'",
         ),
+        (
+            {"name": "b", "codistillation": {"teacher_average_decay": 1.0}},
+            "teacher_average_decay: .* less than 1",
+        ),
+        (
+            {"name": "b", "codistillation": {"teacher_precision": "int4"}},
+            "teacher_precision: .*'int8', got 'int4'",
+        ),
+        ({"name": "b", "frames": {"delta": "2-bit"}}, "frames.delta: .*'off', got '2-bit'"),
+        (
+            {"name": "b", "frames": {"exchange_budget_bytes": 0}},
+            "frames.exchange_budget_bytes: .* equal to 1",
+        ),
+        ({"name": "b", "frame": {}}, "unknown key 'frame': did you mean 'frames'"),
         ({"name": "b", "task": {"name": "vision"}}, "task.name: .*'language-model', got 'vision'"),
         ({"name": "b", "peers": [{"name": "t", "publc_identity": "x"}]}, "did you mean 'public_identity'"),
         ({"name": "b/c"}, "name: 'b/c' cannot name a site"),

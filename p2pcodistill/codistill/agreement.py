@@ -17,10 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from p2pcodistill.codistill.exchange import Inbox, Offer
+from p2pcodistill.checkpoint.chain import MAX_CHAIN_FRAMES
+from p2pcodistill.codistill.exchange import ChainFile, Inbox, Offer
 
-# An offer's path may be as long as Linux allows; names and numbers need less than the rest.
-_MAX_OFFER_BYTES = 4096 + 512
+# An offer's folder may be as long as Linux allows; a frame's file name and version need less than this.
+_MAX_FOLDER_BYTES = 4096
+_MAX_FRAME_BYTES = 128
+_MAX_OFFER_BYTES = 64 + _MAX_FOLDER_BYTES + _MAX_FRAME_BYTES * MAX_CHAIN_FRAMES
 
 
 class Vote(IntEnum):
@@ -83,13 +86,15 @@ class Agreement:
 
     def _encode(self, inbox: Inbox) -> Tensor:
         offers = [
-            (offer.incarnation, offer.step, offer.path) if (offer := inbox.offers.get(teacher)) else None
+            (offer.incarnation, offer.step, offer.folder, offer.frames)
+            if (offer := inbox.offers.get(teacher))
+            else None
             for teacher in self._teachers
         ]
         body: bytes = msgpack.packb((inbox.stop_requested, offers))
         bulletin = bytearray(self._max_bulletin_bytes)
         bulletin[: len(body) + 4] = len(body).to_bytes(4, "little") + body
-        assert len(bulletin) == self._max_bulletin_bytes, "a path is at most 4096 bytes"
+        assert len(bulletin) == self._max_bulletin_bytes, "folder, names and number of frames have their caps"
         return torch.frombuffer(bulletin, dtype=torch.uint8)
 
     def _decode(self, bulletin: Tensor) -> Inbox:
@@ -97,9 +102,15 @@ class Agreement:
         stop_requested, offers = msgpack.unpackb(data[4 : 4 + int.from_bytes(data[:4], "little")])
         return Inbox(
             {
-                teacher: Offer(teacher, *offer)
+                teacher: _read_offer(teacher, *offer)
                 for teacher, offer in zip(self._teachers, offers, strict=True)
                 if offer is not None
             },
             stop_requested,
         )
+
+
+def _read_offer(
+    teacher: str, incarnation: int, step: int, folder: str, frames: list[tuple[int, int, str]]
+) -> Offer:
+    return Offer(teacher, incarnation, step, folder, tuple(ChainFile(*frame) for frame in frames))

@@ -22,12 +22,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from p2pcodistill.checkpoint.frames import DecodedFrame
+from p2pcodistill.checkpoint.reference import Reference
 from p2pcodistill.checkpoint.snapshot import take_snapshot
 from p2pcodistill.codistill.agreement import Agreement, Vote
+from p2pcodistill.codistill.averaging import WeightAverage
 from p2pcodistill.codistill.exchange import Exchange, Inbox, Offer
 from p2pcodistill.codistill.losses import distillation_loss
-from p2pcodistill.codistill.schedule import agreement_is_due, distillation_weight, exchange_is_due
+from p2pcodistill.codistill.schedule import (
+    agreement_is_due,
+    averaging_is_due,
+    distillation_weight,
+    exchange_is_due,
+)
 from p2pcodistill.codistill.teachers import Forward, TeacherBank, forward_stateless, unwrap
 from p2pcodistill.config import CodistillationConfig
 from p2pcodistill.errors import ConfigError, RefusedError
@@ -39,7 +45,7 @@ class _Candidate:
     """A checkpoint on its way to become a teacher; every rank has the same ones."""
 
     offer: Offer
-    frame: Future[DecodedFrame]
+    reference: Future[Reference]
     refusal: Exception | None = None
 
 
@@ -52,7 +58,8 @@ class Codistiller:
     `forward` runs the model for stateful teachers (see `teachers.Forward`). `process_group` is a gloo group of all ranks;
     by default one is made where torch.distributed is initialised with more than one rank.
 
-    Memory: one copy of the model a teacher; while a checkpoint arrives, one more on the host.
+    Memory: one copy of the model a teacher, a smaller one in a lower `teacher_precision`; with `teacher_average_decay`, one
+    for the average on rank 0. On the host, the exchange has the fp16 reference of each chain beside that.
     """
 
     def __init__(
@@ -72,9 +79,17 @@ class Codistiller:
         self._model = unwrap(model)
         self._config = config
         self._exchange = exchange
-        self._bank = TeacherBank(self._model, teachers if exchange else {}, forward or forward_stateless)
-        self._has_students = num_students > 0
+        self._bank = TeacherBank(
+            self._model,
+            teachers if exchange else {},
+            forward or forward_stateless,
+            precision=config.teacher_precision,
+        )
         self._is_lead = process_group is None or dist.get_rank(process_group) == 0
+        self._publishes = exchange is not None and num_students > 0 and self._is_lead
+        self._average: WeightAverage | None = None
+        if self._publishes and config.teacher_average_decay > 0:
+            self._average = WeightAverage(self._model, config.teacher_average_decay)
         self._agreement = Agreement(list(self._bank.teachers), process_group)
         self._candidates: dict[str, _Candidate] = {}
         # Per teacher, the newest version that was swapped in or refused: only newer ones are taken up.
@@ -85,7 +100,7 @@ class Codistiller:
         self._last_distillation_loss: Tensor | None = None
         self._is_rehearsed = not self._bank.teachers
         self.exchange_s = 0.0
-        """Seconds that the training thread has spent in exchange: copying snapshots, agreeing, swapping."""
+        """Seconds that the training thread has spent in exchange: averaging, copying snapshots, agreeing, swapping."""
 
     @property
     def num_steps(self) -> int:
@@ -133,6 +148,8 @@ class Codistiller:
         if self._exchange is None:
             return
         start_s = time.perf_counter()
+        if self._average is not None and averaging_is_due(self._config, self._num_steps):
+            self._average.update()
         self._conclude_round()
         if exchange_is_due(self._config, self._num_steps):
             self._publish()
@@ -141,7 +158,7 @@ class Codistiller:
         self.exchange_s += time.perf_counter() - start_s
 
     def publish(self) -> None:
-        """Publish the student as it is now, unless `step` has just done it: at the end of training."""
+        """Publish the student as it is now (or its average), unless `step` has just done it: at the end of training."""
         if self._exchange is None:
             return
         start_s = time.perf_counter()
@@ -154,14 +171,15 @@ class Codistiller:
             self._exchange.report(event)
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of a training checkpoint: steps, versions and carried states of the teachers.
+        """This rank's part of a training checkpoint: steps, versions and carried states of the teachers, the average.
 
-        Plain data and tensors. The teachers' weights are not in it: the node's store has them.
+        Plain data and tensors, some of them the live ones. The teachers' weights are not in it: the node's store has them.
         """
         return {
             "num_steps": self._num_steps,
             "exchange_s": self.exchange_s,
             "teachers": self._bank.state_dict(),
+            "average": None if self._average is None else self._average.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -169,12 +187,14 @@ class Codistiller:
         self._num_steps = state["num_steps"]
         self.exchange_s = state["exchange_s"]
         self._bank.load_state_dict(state["teachers"])
+        if self._average is not None and state["average"] is not None:
+            self._average.load_state_dict(state["average"])
         if self._exchange is None or not state["teachers"]:
             return
         self._conclude_round()
         self._begin_round()
         self._conclude_round()
-        concurrent.futures.wait([candidate.frame for candidate in self._candidates.values()])
+        concurrent.futures.wait([candidate.reference for candidate in self._candidates.values()])
         self._begin_round()
         self._conclude_round()
 
@@ -206,11 +226,14 @@ class Codistiller:
         )
 
     def _publish(self) -> None:
-        if self._exchange is None or not (self._has_students and self._is_lead):
+        if self._exchange is None or not self._publishes or self._published_step == self._num_steps:
             return
-        if self._published_step != self._num_steps:
-            self._exchange.publish(take_snapshot(self._model, self._num_steps))
-            self._published_step = self._num_steps
+        if self._average is not None and self._average.has_begun:
+            snapshot = self._average.take_snapshot(self._num_steps)
+        else:
+            snapshot = take_snapshot(self._model, self._num_steps)
+        self._exchange.publish(snapshot)
+        self._published_step = self._num_steps
 
     def _begin_round(self) -> None:
         assert self._exchange is not None
@@ -219,13 +242,13 @@ class Codistiller:
 
     def _vote(self, name: str) -> Vote:
         candidate = self._candidates.get(name)
-        if candidate is None or not candidate.frame.done():
+        if candidate is None or not candidate.reference.done():
             return Vote.WAIT
         try:
-            self._bank.check(candidate.frame.result())
+            self._bank.check(candidate.reference.result())
         except FileNotFoundError:
             return Vote.GONE
-        except Exception as error:  # whatever a frame from outside provokes, training goes on
+        except Exception as error:  # whatever a checkpoint from outside provokes, training goes on
             candidate.refusal = error
             return Vote.REFUSE
         return Vote.READY
@@ -248,7 +271,7 @@ class Codistiller:
         offer = candidate.offer
         event: Event
         if vote is Vote.READY:
-            self._bank.load(offer.teacher, candidate.frame.result(), offer.version)
+            self._bank.load(offer.teacher, candidate.reference.result(), offer.version)
             event = TeacherSwapped(self._num_steps, offer.teacher, offer.incarnation, offer.step)
         elif vote is Vote.REFUSE:
             refusal = candidate.refusal or RefusedError("another rank refused it")

@@ -129,12 +129,10 @@ class MemoryBoard:
             frames = self._frames.get(student)
             return frames[-1].version.step if frames else None
 
-    def path(self, student: str, held_step: int | None, step: int) -> list[bytes] | None:
-        """The frames that lead from `held_step` (None: from nothing) to `step`; None if some are gone."""
-        held = None if held_step is None else Version(0, held_step)
+    def frames(self, student: str) -> tuple[_BoardFrame, ...]:
+        """The frames of `student` that are worth keeping now, oldest first."""
         with self._lock:
-            path = cheapest_path(self._frames[student], held, Version(0, step))
-        return None if path is None else [frame.data for frame in path]
+            return tuple(self._frames.get(student, ()))
 
 
 class _MemoryExchange:
@@ -156,6 +154,8 @@ class _MemoryExchange:
         self._max_frame_bytes = max_frame_bytes
         self._on_event = on_event
         self._references: dict[str, Reference] = {}
+        # An offer holds on to its frames, as files do: others may have come before it is prepared.
+        self._offered: dict[str, tuple[_BoardFrame, ...]] = {}
 
     def publish(self, snapshot: Snapshot) -> None:
         sink = io.BytesIO()
@@ -174,20 +174,24 @@ class _MemoryExchange:
             self._board.put(self._student, keyframe, sink.getvalue())
 
     def inbox(self) -> Inbox:
-        newest = {teacher: self._board.newest(teacher) for teacher in self._teachers}
+        self._offered = {teacher: frames for teacher in self._teachers if (frames := self._board.frames(teacher))}
         return Inbox(
-            {teacher: Offer(teacher, 0, step, "", ()) for teacher, step in newest.items() if step is not None}
+            {
+                teacher: Offer(teacher, 0, frames[-1].version.step, "", ())
+                for teacher, frames in self._offered.items()
+            }
         )
 
     def prepare(self, offer: Offer) -> Future[Reference]:
         future: Future[Reference] = Future()
         reference = self._references.pop(offer.teacher, None)
         try:
-            path = self._board.path(offer.teacher, reference.step if reference else None, offer.step)
+            held = Version(0, reference.step) if reference else None
+            path = cheapest_path(self._offered[offer.teacher], held, Version(0, offer.step))
             if path is None:  # too far behind
                 raise FileNotFoundError(f"the frames that lead {offer.teacher} to step {offer.step} are gone")
-            for data in path:
-                reference = decode_frame(data, reference, max_bytes=self._max_frame_bytes)
+            for frame in path:
+                reference = decode_frame(frame.data, reference, max_bytes=self._max_frame_bytes)
             assert reference is not None
             self._references[offer.teacher] = reference
             future.set_result(reference)

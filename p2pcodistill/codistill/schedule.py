@@ -25,6 +25,15 @@ def exchange_is_due(config: CodistillationConfig, num_steps: int) -> bool:
     return num_steps >= max(1, config.burn_in_steps) and num_steps % config.exchange_interval_steps == 0
 
 
+def averaging_is_due(config: CodistillationConfig, num_steps: int) -> bool:
+    """Whether the student after `num_steps` counts in the average that is published: from one interval before the end of
+    burn-in on, so that the first one published is an average, too.
+    """
+    return (
+        config.teacher_average_decay > 0 and num_steps > config.burn_in_steps - config.exchange_interval_steps
+    )
+
+
 def agreement_is_due(config: CodistillationConfig, num_steps: int) -> bool:
     """Whether the ranks are to begin a vote on new teachers and on stopping after `num_steps`."""
     return num_steps % config.agreement_interval_steps == 0

@@ -2,7 +2,7 @@
 
 A slot is a copy of the student's module that is loaded in place from a neighbour's checkpoint, buffers included, and runs
 in eval mode without gradients: a teacher that trains its batch statistics, or keeps its own, is another model than the one
-that was checkpointed.
+that was checkpointed. Its weights may be kept in fewer bytes than the student's (see `precision`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from p2pcodistill.checkpoint.frames import DecodedFrame
+from p2pcodistill.checkpoint.reference import Reference
 from p2pcodistill.checkpoint.snapshot import take_snapshot
+from p2pcodistill.codistill.precision import PackedTensor, Precision, pack_weights
 from p2pcodistill.errors import SchemaMismatchError
 
 State: TypeAlias = Any
@@ -66,32 +67,51 @@ class Teacher:
 
     module: nn.Module
     weight: float
+    packed: Mapping[str, PackedTensor] = field(repr=False)
     version: tuple[int, int] | None = None
     state: State = field(default=None, repr=False)
 
 
 class TeacherBank:
-    """The teachers of one student, by name. `weights` are positive, and normalised over the teachers present."""
+    """The teachers of one student, by name. `weights` are positive, and normalised over the teachers present.
 
-    def __init__(self, student: nn.Module, weights: Mapping[str, float], forward: Forward) -> None:
+    `precision` is how a teacher's weights are kept: `float32` stands for the student's own dtypes.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        weights: Mapping[str, float],
+        forward: Forward,
+        *,
+        precision: Precision = "float32",
+    ) -> None:
         self._forward = forward
         student = unwrap(student)
         self._device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
         snapshot = take_snapshot(student, 0) if weights else None
         self._schema_hash = snapshot.schema_hash if snapshot else b""
         self._shapes = {name: t.shape for name, t in snapshot.tensors.items()} if snapshot else {}
-        self.teachers = {name: Teacher(_frozen_copy(student), weight) for name, weight in weights.items()}
+        self.teachers: dict[str, Teacher] = {}
+        for name, weight in weights.items():
+            module = _frozen_copy(student)
+            self.teachers[name] = Teacher(module, weight, pack_weights(module, precision))
 
     @property
     def present(self) -> Sequence[Teacher]:
         """The teachers that have a checkpoint, in the order of the weights."""
         return [teacher for teacher in self.teachers.values() if teacher.version is not None]
 
-    def check(self, frame: DecodedFrame) -> None:
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all teachers' weights and buffers."""
+        return sum(_num_bytes(teacher) for teacher in self.teachers.values())
+
+    def check(self, reference: Reference) -> None:
         """Raise SchemaMismatchError unless names, shapes, dtypes and ties are the student's."""
-        if frame.schema_hash == self._schema_hash:
+        if reference.schema_hash == self._schema_hash:
             return
-        shapes = {name: tensor.shape for name, tensor in frame.tensors.items()}
+        shapes = {name: tensor.shape for name, tensor in reference.tensors.items()}
         for name in sorted(shapes.keys() | self._shapes.keys()):
             theirs, ours = shapes.get(name), self._shapes.get(name)
             if theirs != ours:
@@ -100,15 +120,20 @@ class TeacherBank:
                 )
         raise SchemaMismatchError("dtypes or ties of the tensors differ from this site's model")
 
-    def load(self, name: str, frame: DecodedFrame, version: tuple[int, int]) -> None:
-        """Make a checked frame the weights of the teacher `name`, cast to its dtypes; its carried state stays."""
+    def load(self, name: str, reference: Reference, version: tuple[int, int]) -> None:
+        """Make a checked reference the weights of the teacher `name`, in its own precision; its carried state stays.
+
+        Everything has been copied when this returns: the reference may then move on.
+        """
         teacher = self.teachers[name]
         targets = cast(Mapping[str, Tensor], get_model_state_dict(teacher.module))
         with torch.no_grad():
-            for tensor_name, tensor in frame.tensors.items():
-                target = targets[tensor_name]
-                # What travels is mostly fp16: it crosses to the device as it is and is cast there.
-                target.copy_(tensor.to(target.device, non_blocking=True))
+            for tensor_name, tensor in reference.tensors.items():
+                packed = teacher.packed.get(tensor_name)
+                target = targets[tensor_name] if packed is None else packed
+                # What travels is mostly fp16: it crosses to the device as it is and is cast there. The copy is one that
+                # waits: behind one that does not, the next delta frame might change what is still being read.
+                target.copy_(tensor.to(target.device))
         teacher.version = version
 
     @torch.no_grad()
@@ -160,6 +185,12 @@ def _drop_hooks(module: nn.Module) -> None:
         hooks: dict[int, Any] = getattr(module, name)
         for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.")]:
             del hooks[key]
+
+
+def _num_bytes(teacher: Teacher) -> int:
+    plain = [*teacher.module.parameters(), *teacher.module.buffers()]
+    packed = {id(packed): packed for packed in teacher.packed.values()}  # tied weights are there once
+    return sum(tensor.nbytes for tensor in plain) + sum(tensor.num_bytes for tensor in packed.values())
 
 
 def _shape(shape: torch.Size | None) -> str:

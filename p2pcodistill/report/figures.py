@@ -2,6 +2,7 @@
 
 matplotlib through its object-oriented interface only: no global state, no window system. A site keeps its colour in every
 picture (Okabe and Ito's palette, safe for colour-blind readers); the style of a line tells the arm. SVG keeps text as text.
+Of several arms of one kind, the first is drawn strongest, and marked.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from p2pcodistill.report.history import Curve, SiteHistory
-from p2pcodistill.report.summary import ArmResult, Kind, Summary, all_reduce_bytes, byte_count
+from p2pcodistill.report.labels import LineEnd, label_ends
+from p2pcodistill.report.summary import ArmResult, Kind, Summary, all_reduce_bytes
+from p2pcodistill.report.table import byte_count
 
 SITE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 POOLED_COLOUR = "#444444"
 INK = "#222222"
 FAINT_INK = "#767676"
 LINE_STYLES: dict[Kind, Any] = {"codistilled": "-", "alone": (0, (4, 2)), "pooled": (0, (1, 1.2))}
+OTHER_ARM_STYLES: tuple[Any, ...] = ((0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 1)))
+"""Of the second, third, ... arm of a kind."""
 ARM_WORDS: dict[Kind, str] = {"codistilled": "codistilled", "alone": "alone", "pooled": "all data pooled"}
 
 EARLY_SHARE = 0.2
@@ -62,30 +67,36 @@ def learning_curves(arms: Sequence[ArmResult], summary: Summary) -> Figure:
     """Held-out loss against steps, for every site of every arm.
 
     With several seeds a line is their mean and its band their range. The lone sites' mean final loss is drawn across, with a
-    mark where each codistilled site first is at or below it. The steep first evaluations are cut off at the top.
+    mark where each site of the first codistilled arm first is at or below it.
+    The steep first evaluations are cut off at the top.
     """
     with matplotlib.rc_context(_STYLE):
         figure, (axes,) = _figure(9.0, 4.9)
         colours = site_colours(arms)
-        ends: list[_End] = []
+        ends: list[LineEnd] = []
         shown: list[Curve] = []
-        for kind, site, curves in _curves_by_line(arms):
-            middle, low, high = _over_seeds(curves)
+        for line in _lines(arms):
+            middle, low, high = _over_seeds(line.curves)
             if not middle:
                 continue
-            colour = POOLED_COLOUR if kind == "pooled" else colours[site]
+            colour = POOLED_COLOUR if line.kind == "pooled" else colours[line.site]
             steps = [step for step, _ in middle]
             axes.plot(
-                steps, [loss for _, loss in middle], color=colour, linestyle=LINE_STYLES[kind], zorder=3
+                steps,
+                [loss for _, loss in middle],
+                color=colour,
+                linestyle=line.style,
+                linewidth=1.8 if line.is_first else 1.2,
+                zorder=3,
             )
-            if len(curves) > 1:
+            if len(line.curves) > 1:
                 axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
             shown.append(middle)
             last_step, last_loss = middle[-1]
             if math.isfinite(last_loss):
-                name = ARM_WORDS[kind] if kind == "pooled" else f"{site}, {ARM_WORDS[kind]}"
+                name = line.arm if line.kind == "pooled" else f"{line.site}, {line.arm}"
                 early = "" if last_step >= summary["num_steps"] else f" at step {last_step}"
-                ends.append(_End(last_step, last_loss, f"{name}  {last_loss:.3f}{early}", colour))
+                ends.append(LineEnd(last_step, last_loss, f"{name}  {last_loss:.3f}{early}", colour))
         axes.set_xlim(0, summary["num_steps"])
         axes.set_ylim(*_loss_range(shown, summary["num_steps"]))
         axes.set_xlabel("step")
@@ -94,7 +105,7 @@ def learning_curves(arms: Sequence[ArmResult], summary: Summary) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         _mark_burn_in(axes, arms, summary["num_steps"])
         _mark_baseline(axes, arms, summary, colours)
-        _label_ends(axes, ends, height_points=0.82 * 72 * figure.get_figheight())
+        label_ends(axes, ends, height_points=0.82 * 72 * figure.get_figheight())
         return figure
 
 
@@ -232,16 +243,35 @@ def _codistilled(arms: Iterable[ArmResult]) -> list[ArmResult]:
     return [arm for arm in arms if arm.kind == "codistilled"]
 
 
-def _curves_by_line(arms: Iterable[ArmResult]) -> list[tuple[Kind, str, list[Curve]]]:
-    """The evaluations that make one line: (kind, site, a curve per seed); codistilled sites last, on top."""
-    lines: dict[tuple[Kind, str], list[Curve]] = {}
+class _Line(NamedTuple):
+    kind: Kind
+    arm: str
+    """What a reader knows it by: its name only where there is another of its kind."""
+    site: str
+    curves: list[Curve]
+    """The evaluations, a curve per seed."""
+    is_first: bool
+    """Of the arms of its kind."""
+    style: Any
+
+
+def _lines(arms: Iterable[ArmResult]) -> list[_Line]:
+    """What makes one line each; those of codistilled sites last, on top, and of these the first arm's."""
+    names: dict[Kind, list[str]] = {}
+    curves: dict[tuple[Kind, str, str], list[Curve]] = {}
     for arm in arms:
+        of_kind = names.setdefault(arm.kind, [])
+        if arm.name not in of_kind:
+            of_kind.append(arm.name)
         for site, history in arm.sites.items():
-            lines.setdefault((arm.kind, site), []).append(history.evaluations)
-    return sorted(
-        ((kind, site, curves) for (kind, site), curves in lines.items()),
-        key=lambda line: line[0] == "codistilled",
-    )
+            curves.setdefault((arm.kind, arm.name, site), []).append(history.evaluations)
+    lines = []
+    for (kind, name, site), evaluations in curves.items():
+        index = names[kind].index(name)
+        style = LINE_STYLES[kind] if index == 0 else OTHER_ARM_STYLES[(index - 1) % len(OTHER_ARM_STYLES)]
+        word = ARM_WORDS[kind] if len(names[kind]) == 1 else name
+        lines.append(_Line(kind, word, site, evaluations, index == 0, style))
+    return sorted(lines, key=lambda line: (line.kind == "codistilled", line.is_first))
 
 
 def _over_seeds(curves: Sequence[Curve]) -> tuple[Curve, list[float], list[float]]:
@@ -297,14 +327,14 @@ def _mark_baseline(axes: Axes, arms: Sequence[ArmResult], summary: Summary, colo
         return
     axes.axhline(baseline_loss, color=FAINT_INK, linewidth=1.0, linestyle=(0, (6, 3)), zorder=2)
     reached: list[tuple[str, int]] = []
-    for kind, site, curves in _curves_by_line(arms):
-        mean, _, _ = _over_seeds(curves)
+    for line in _lines(arms):
+        mean, _, _ = _over_seeds(line.curves)
         crossing = next(((step, loss) for step, loss in mean if loss <= baseline_loss), None)
-        if kind == "codistilled" and crossing is not None:
+        if line.kind == "codistilled" and line.is_first and crossing is not None:
             axes.plot(
-                *crossing, "o", color=colours[site], markersize=7.5, mec="white", zorder=5, clip_on=False
+                *crossing, "o", color=colours[line.site], markersize=7.5, mec="white", zorder=5, clip_on=False
             )
-            reached.append((site, crossing[0]))
+            reached.append((line.site, crossing[0]))
     # Short lines: the curves come down to this level somewhere in the middle.
     text = f"lone sites' mean\nfinal loss, {baseline_loss:.3f}"
     if len(reached) > 2:
@@ -327,71 +357,6 @@ def _mark_baseline(axes: Axes, arms: Sequence[ArmResult], summary: Summary, colo
 
 def _last(item: tuple[str, int]) -> int:
     return item[1]
-
-
-class _End(NamedTuple):
-    step: int
-    loss: float
-    label: str
-    colour: str
-
-
-def _label_ends(axes: Axes, ends: Sequence[_End], height_points: float) -> None:
-    """Write each line's label to the right of the picture, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    shown = sorted((end for end in ends if low <= end.loss <= high), key=lambda end: end.loss)
-    gap = 13.5 / height_points * (high - low)
-    positions = spread_apart([end.loss for end in shown], gap=gap, low=low, high=high)
-    for end, position in zip(shown, positions, strict=True):
-        axes.annotate(
-            end.label,
-            (end.step, end.loss),
-            (1.035, position),
-            xycoords="data",
-            textcoords=("axes fraction", "data"),
-            va="center",
-            fontsize=9.5,
-            color=end.colour,
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": end.colour,
-                "linewidth": 0.7 if end.step >= axes.get_xlim()[1] else 0,  # no line across the picture
-                "shrinkA": 2,
-                "shrinkB": 1,
-                "relpos": (0, 0.5),
-            },
-        )
-
-
-def spread_apart(positions: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
-    """Ascending `positions` moved as little as need be so that neighbours are at least `gap` apart.
-
-    Positions that are too close form a block that stays centred on their mean, within `low` and `high` where there is room.
-    """
-    blocks: list[tuple[float, int]] = []  # (mean of what it holds, number of members)
-    for position in positions:
-        blocks.append((position, 1))
-        while len(blocks) > 1:
-            (below, num_below), (above, num_above) = blocks[-2:]
-            spacing = gap * (num_below + num_above) / 2
-            if (
-                _within(above, num_above, gap, low, high) - _within(below, num_below, gap, low, high)
-                >= spacing
-            ):
-                break
-            count = num_below + num_above
-            blocks[-2:] = [((below * num_below + above * num_above) / count, count)]
-    return [
-        _within(mean, count, gap, low, high) + gap * (index - (count - 1) / 2)
-        for mean, count in blocks
-        for index in range(count)
-    ]
-
-
-def _within(mean: float, count: int, gap: float, low: float, high: float) -> float:
-    half = gap * count / 2
-    return max(min(mean, high - half), low + half)
 
 
 def _draw_ages(axes: Axes, history: SiteHistory, colours: dict[str, str]) -> list[str]:

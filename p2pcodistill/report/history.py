@@ -20,6 +20,7 @@ from p2pcodistill.telemetry import (
     Evaluated,
     Event,
     EventTail,
+    FrameFetched,
     FramePublished,
     GroupStarted,
     NodeStarted,
@@ -43,6 +44,16 @@ TeacherCurve: TypeAlias = list[tuple[int, dict[str, int]]]
 Value = TypeVar("Value")
 
 
+def read_event(record: Record) -> Event:
+    """The event of a record, whichever version of this package wrote it: frames without a kind were all keyframes.
+
+    Raises ValueError as `telemetry.from_record` does.
+    """
+    if record.get("event") in (FramePublished.name, FrameFetched.name):
+        record = {"kind": "keyframe"} | record
+    return from_record(record)
+
+
 class TrafficPoint(NamedTuple):
     """Bytes moved up to a moment: since the first record, over all lives of the node, envelopes included."""
 
@@ -51,6 +62,14 @@ class TrafficPoint(NamedTuple):
     num_bytes_received: int
     step: int
     """The step that training had reached by then."""
+
+
+@dataclass(slots=True)
+class Fetched:
+    """What a site has fetched of one origin: versions, as (incarnation, step), and the bytes of frames that it took."""
+
+    versions: set[tuple[int, int]] = field(default_factory=set)
+    num_bytes: int = 0
 
 
 class TeacherTracker:
@@ -143,6 +162,11 @@ class SiteHistory:
     num_bytes_received: int = 0
     num_teacher_swaps: int = 0
     num_frames_published: int = 0
+    num_keyframes_published: int = 0
+    num_fp16_bytes: int | None = None
+    """A checkpoint of this site's as raw fp16."""
+    fetched: dict[str, Fetched] = field(default_factory=dict)
+    """Per origin."""
     num_refusals: int = 0
     num_node_starts: int = 0
     num_group_starts: int = 0
@@ -172,7 +196,7 @@ class SiteHistory:
         last_step = 0
         for record in records:
             try:
-                event = from_record(record)
+                event = read_event(record)
             except ValueError:
                 continue
             time_s = float(record.get("time_unix_s") or 0.0)
@@ -199,6 +223,12 @@ class SiteHistory:
                     history.num_teacher_swaps += 1
                 case FramePublished():
                     history.num_frames_published += 1
+                    history.num_keyframes_published += event.kind == "keyframe"
+                    history.num_fp16_bytes = event.num_fp16_bytes
+                case FrameFetched():
+                    fetched = history.fetched.setdefault(event.origin, Fetched())
+                    fetched.versions.add((event.incarnation, event.step))
+                    fetched.num_bytes += event.num_bytes + event.num_resent_bytes
                 case Refused():
                     history.num_refusals += event.num_times
                 case TeacherRefused():

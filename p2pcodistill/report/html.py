@@ -14,7 +14,8 @@ import jinja2
 from markupsafe import Markup
 
 from p2pcodistill.report import figures
-from p2pcodistill.report.summary import ABSENT, ArmResult, Summary, byte_count, headline, number, percent
+from p2pcodistill.report.summary import ArmResult, Summary
+from p2pcodistill.report.table import ABSENT, byte_count, headline, number, percent, times
 
 
 def write_report(
@@ -69,6 +70,10 @@ def _tiles(summary: Summary) -> list[dict[str, str]]:
             "meaning": "fewer bytes sent than all-reduce would have",
         },
         {
+            "value": times(summary["bytes_vs_fp16_ratio"]),
+            "meaning": "smaller than as raw fp16 did checkpoints travel",
+        },
+        {
             "value": percent(summary["worst_exchange_stall_ratio"], 2),
             "meaning": "of training time spent in exchange, at the worst site",
         },
@@ -92,6 +97,7 @@ def _rows(summary: Summary) -> list[dict[str, Any]]:
                 percent(values["exchange_stall_ratio"], 2) if values["num_teacher_swaps"] else ABSENT,
                 byte_count(values["bytes_sent"]),
                 byte_count(values["bytes_received"]),
+                times(values["bytes_vs_fp16_ratio"]),
                 number(values["steps_per_s"], 1),
             ],
         }

@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.text import Text
 
 from p2pcodistill.report.progress import ENDED, Progress, State, describe, duration, printable
-from p2pcodistill.report.summary import ABSENT, byte_count, number
+from p2pcodistill.report.table import ABSENT, byte_count, number, times
 from p2pcodistill.telemetry import Evaluated, Record, StepMeasured
 
 Groups: TypeAlias = dict[str, dict[str, Progress]]
@@ -214,11 +214,12 @@ _HEADINGS = {
     "peers": ("", "peers"),
     "sent": ("", "sent"),
     "received": ("", "received"),
+    "frame_ratio": ("vs", "fp16"),
     "speed": ("steps", "/s"),
     "time_left": ("time", "left"),
 }
 _LEFT_ALIGNED = frozenset({"site", "state"})
-_DISPENSABLE = ("peers", "loss", "received", "speed")
+_DISPENSABLE = ("peers", "loss", "received", "frame_ratio", "speed")
 """What a narrow screen goes without, the most dispensable first."""
 
 
@@ -279,6 +280,7 @@ def _cells(site: str, progress: Progress) -> dict[str, Text]:
         "peers": Text(peers, style="bold yellow" if is_cut_off else ""),
         "sent": Text(byte_count(progress.num_bytes_sent)),
         "received": Text(byte_count(progress.num_bytes_received)),
+        "frame_ratio": Text(times(progress.frame_ratio)),
         "speed": Text(number(progress.steps_per_s, 1) if is_training else ABSENT),
         "time_left": Text(ABSENT if progress.time_left_s is None else duration(progress.time_left_s)),
     }

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from p2pcodistill.report.history import TeacherTracker, TrafficTotals
-from p2pcodistill.report.summary import byte_count
+from p2pcodistill.report.history import TeacherTracker, TrafficTotals, read_event
+from p2pcodistill.report.table import byte_count
 from p2pcodistill.telemetry import (
     Evaluated,
     Event,
@@ -27,7 +27,6 @@ from p2pcodistill.telemetry import (
     TeacherRefused,
     TrainingEnded,
     TrainingStarted,
-    from_record,
 )
 
 State: TypeAlias = Literal[
@@ -56,6 +55,9 @@ class Progress:
     connected_peers: set[str] = field(default_factory=set)
     num_refusals: int = 0
     last_refusal: str | None = None
+    _newest_version: tuple[int, int] | None = None
+    _num_fp16_bytes: int = 0
+    _num_frame_bytes: int = 0
     _smooth_steps_per_s: float | None = None
     _teachers: TeacherTracker = field(default_factory=TeacherTracker)
     _traffic: TrafficTotals = field(default_factory=TrafficTotals)
@@ -63,7 +65,7 @@ class Progress:
     def update(self, record: Record) -> Event | None:
         """Take `record` into account; return its event, or None for one that this version does not know."""
         try:
-            event = from_record(record)
+            event = read_event(record)
         except ValueError:
             return None
         self._teachers.update(event)
@@ -100,6 +102,7 @@ class Progress:
             case FramePublished():  # all that is heard of a user's own script
                 self.state = "training" if self.state == "starting" else self.state
                 self.step = max(self.step, event.step)
+                self._publish(event)
             case Evaluated():
                 self.val_loss = event.val_loss
             case TrainingEnded():
@@ -120,6 +123,13 @@ class Progress:
             before = steps_per_s if self._smooth_steps_per_s is None else self._smooth_steps_per_s
             self._smooth_steps_per_s = before + SPEED_SMOOTHING * (steps_per_s - before)
 
+    def _publish(self, event: FramePublished) -> None:
+        version = (event.incarnation, event.step)
+        if version != self._newest_version:  # else a keyframe of the same once more
+            self._newest_version = version
+            self._num_fp16_bytes += event.num_fp16_bytes
+            self._num_frame_bytes += event.num_bytes
+
     def _refuse(self, sentence: str, num_times: int = 1) -> None:
         self.num_refusals += num_times
         self.last_refusal = printable(sentence)
@@ -138,6 +148,14 @@ class Progress:
     def num_bytes_received(self) -> int:
         """Bytes received over all lives of the node."""
         return self._traffic.num_bytes_received
+
+    @property
+    def frame_ratio(self) -> float | None:
+        """How many times smaller than raw fp16 the checkpoints published so far were; None before the first.
+
+        Keyframes that repeat one for whoever lacks the frames before it are left out.
+        """
+        return self._num_fp16_bytes / self._num_frame_bytes if self._num_frame_bytes else None
 
     @property
     def time_left_s(self) -> float | None:
@@ -172,6 +190,8 @@ def describe(progress: Progress) -> str:
     if progress.num_bytes_sent or progress.num_bytes_received:
         parts.append(f"sent {byte_count(progress.num_bytes_sent)}")
         parts.append(f"received {byte_count(progress.num_bytes_received)}")
+    if progress.frame_ratio is not None:
+        parts.append(f"{progress.frame_ratio:.1f} times smaller than fp16")
     if progress.state == "training" and progress.steps_per_s is not None:
         parts.append(f"{progress.steps_per_s:.1f} steps/s")
     if progress.time_left_s is not None:

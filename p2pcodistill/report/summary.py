@@ -1,9 +1,11 @@
-"""The figures of a run: what `summary.json` holds, the same as a table, and the headline in words.
+"""The figures of a run: what `summary.json` holds.
 
 Three kinds of arms are compared: `codistilled` sites, the same sites each `alone`, and one site with all data `pooled`.
 They are equal in steps, batch and model, but not in compute: a codistilled site also runs its teachers' forward pass.
 Losses are final held-out losses. A figure that cannot be told honestly (an arm is missing, a site did not finish, a loss is
 not finite) is None, and `notes` says why.
+
+Of several arms of one kind, the first is compared: arms that differ in what they exchange are never averaged.
 """
 
 from __future__ import annotations
@@ -12,11 +14,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
-
-from rich import box
-from rich.filesize import decimal
-from rich.table import Table
-from rich.text import Text
 
 from p2pcodistill.report.history import SiteHistory
 
@@ -30,6 +27,7 @@ HEADLINES = (
     "seconds_ratio_vs_alone",
     "worst_exchange_stall_ratio",
     "bytes_vs_all_reduce_ratio",
+    "bytes_vs_fp16_ratio",
 )
 _MEANS_OVER_SEEDS = ("gap_closed_ratio", "steps_to_baseline_loss_ratio", "seconds_ratio_vs_alone")
 
@@ -71,51 +69,70 @@ def summarise(
     - `worst_exchange_stall_ratio`: the largest share of time that a codistilled site's training spent in exchange.
     - `bytes_vs_all_reduce_ratio`: bytes that all-reducing fp32 gradients between the sites would have sent, divided by the
       bytes really sent, envelopes and control messages included.
+    - `bytes_vs_fp16_ratio`: bytes of the checkpoints that students fetched as raw fp16, each version once a student, divided
+      by the bytes of the frames that brought them, keyframes and what was sent again included.
     - `final_val_loss`: per kind of arm, the mean over sites and seeds.
 
     In detail:
 
     - `by_seed`: the same figures of each seed. `over_seeds`: mean and half the range of each figure over the seeds; None
       with one seed.
+    - `other_arms`: the same figures of each further codistilled arm, by its `name`.
     - `arms`: per arm and seed, per site, all that the figures were made of.
     """
-    seeds = sorted({arm.seed for arm in arms})
-    by_seed = [
-        {"seed": seed} | _headlines([arm for arm in arms if arm.seed == seed], num_steps) for seed in seeds
-    ]
+    first = _compared(arms)
     summary: Summary = {
         "scenario": scenario_name,
         "num_steps": num_steps,
-        "seeds": seeds,
+        "seeds": sorted({arm.seed for arm in arms}),
         "loss_unit": loss_unit,
     }
-    summary |= _headlines(arms, num_steps)
-    summary |= {name: _mean([seed[name] for seed in by_seed]) for name in _MEANS_OVER_SEEDS}
-    summary["by_seed"] = by_seed
-    summary["over_seeds"] = (
-        {name: _mean_and_half_range([seed[name] for seed in by_seed]) for name in HEADLINES}
-        if len(seeds) > 1
-        else None
-    )
-    summary["arms"] = [_arm_summary(arm, arms, num_steps) for arm in arms]
+    summary |= _compare(first, num_steps)
+    summary["other_arms"] = [
+        {"name": name} | _compare(_compared(arms, name), num_steps)
+        for name in dict.fromkeys(arm.name for arm in arms if arm.kind == "codistilled" and arm not in first)
+    ]
+    summary["arms"] = [_arm_summary(arm, first, num_steps) for arm in arms]
     summary["notes"] = _notes(summary, arms, num_steps)
     return summary
 
 
+def _compared(arms: Sequence[ArmResult], codistilled: str | None = None) -> list[ArmResult]:
+    """The arms that are compared: the codistilled ones of this name, or the first, and the first of the other kinds."""
+    names = {arm.kind: arm.name for arm in reversed(arms)}
+    if codistilled is not None:
+        names["codistilled"] = codistilled
+    return [arm for arm in arms if arm.name == names[arm.kind]]
+
+
+def _compare(arms: Sequence[ArmResult], num_steps: int) -> dict[str, Any]:
+    by_seed = [
+        {"seed": seed} | _headlines([arm for arm in arms if arm.seed == seed], num_steps)
+        for seed in sorted({arm.seed for arm in arms})
+    ]
+    figures = _headlines(arms, num_steps)
+    figures |= {name: _mean([seed[name] for seed in by_seed]) for name in _MEANS_OVER_SEEDS}
+    figures["by_seed"] = by_seed
+    figures["over_seeds"] = (
+        {name: _mean_and_half_range([seed[name] for seed in by_seed]) for name in HEADLINES}
+        if len(by_seed) > 1
+        else None
+    )
+    return figures
+
+
 def _headlines(arms: Sequence[ArmResult], num_steps: int) -> dict[str, Any]:
     losses = {kind: _mean_final_loss(arms, kind, num_steps) for kind in KINDS}
-    codistilled = [arm for arm in arms if arm.kind == "codistilled"]
+    codistilled = [(arm, site) for arm in arms if arm.kind == "codistilled" for site in arm.sites]
     to_baseline = [
-        _steps_to_baseline_ratio(history, _baseline_loss(arms, arm.seed, num_steps), num_steps)
-        for arm in codistilled
-        for history in arm.sites.values()
+        _steps_to_baseline_ratio(arm.sites[site], _baseline_loss(arms, arm.seed, num_steps), num_steps)
+        for arm, site in codistilled
     ]
-    stalls = [history.exchange_stall_ratio for arm in codistilled for history in arm.sites.values()]
+    stalls = [arm.sites[site].exchange_stall_ratio for arm, site in codistilled]
     known_stalls = [stall for stall in stalls if stall is not None]
-    all_reduced = [
-        _all_reduce_bytes_of(arm, history) for arm in codistilled for history in arm.sites.values()
-    ]
-    sent = sum(history.num_bytes_sent for arm in codistilled for history in arm.sites.values())
+    all_reduced = [_all_reduce_bytes_of(arm, arm.sites[site]) for arm, site in codistilled]
+    sent = sum(arm.sites[site].num_bytes_sent for arm, site in codistilled)
+    frames = [_fetched_from(arm, site) for arm, site in codistilled]
     return {
         "gap_closed_ratio": _gap_closed(losses),
         "steps_to_baseline_loss_ratio": _mean(to_baseline),
@@ -124,8 +141,20 @@ def _headlines(arms: Sequence[ArmResult], num_steps: int) -> dict[str, Any]:
         ),
         "worst_exchange_stall_ratio": max(known_stalls, default=None),
         "bytes_vs_all_reduce_ratio": _ratio(_sum(all_reduced), sent),
+        "bytes_vs_fp16_ratio": _ratio(
+            sum(num_fp16_bytes for num_fp16_bytes, _ in frames), sum(num_bytes for _, num_bytes in frames)
+        ),
         "final_val_loss": losses,
     }
+
+
+def _fetched_from(arm: ArmResult, site: str) -> tuple[int, int]:
+    """What the others have fetched of `site`: bytes of checkpoints as raw fp16, and of the frames that brought them."""
+    num_fp16_bytes = arm.sites[site].num_fp16_bytes
+    fetched = [history.fetched[site] for history in arm.sites.values() if site in history.fetched]
+    if num_fp16_bytes is None:
+        return 0, 0
+    return num_fp16_bytes * sum(len(of.versions) for of in fetched), sum(of.num_bytes for of in fetched)
 
 
 def _gap_closed(losses: Mapping[Kind, float | None]) -> float | None:
@@ -167,8 +196,8 @@ def _all_reduce_bytes_of(arm: ArmResult, history: SiteHistory) -> int | None:
     return all_reduce_bytes(len(arm.sites), history.num_parameters, history.num_steps)
 
 
-def _arm_summary(arm: ArmResult, arms: Sequence[ArmResult], num_steps: int) -> dict[str, Any]:
-    baseline_loss = _baseline_loss(arms, arm.seed, num_steps) if arm.kind == "codistilled" else None
+def _arm_summary(arm: ArmResult, compared: Sequence[ArmResult], num_steps: int) -> dict[str, Any]:
+    baseline_loss = _baseline_loss(compared, arm.seed, num_steps) if arm.kind == "codistilled" else None
     return {
         "name": arm.name,
         "kind": arm.kind,
@@ -184,6 +213,9 @@ def _arm_summary(arm: ArmResult, arms: Sequence[ArmResult], num_steps: int) -> d
                 "bytes_vs_all_reduce_ratio": _ratio(
                     _all_reduce_bytes_of(arm, history), history.num_bytes_sent
                 ),
+                "bytes_vs_fp16_ratio": _ratio(*_fetched_from(arm, site)),
+                "num_frames_published": history.num_frames_published,
+                "num_keyframes_published": history.num_keyframes_published,
                 "num_teacher_swaps": history.num_teacher_swaps,
                 "mean_staleness_steps": history.mean_staleness_steps,
                 "mean_lag_steps": history.mean_lag_steps,
@@ -207,10 +239,10 @@ def _notes(summary: Summary, arms: Sequence[ArmResult], num_steps: int) -> list[
     for kind in KINDS:
         for seed in summary["seeds"]:
             if not any(arm.kind == kind and arm.seed == seed for arm in arms):
-                notes.append(f"There is no {kind} arm{_of_seed(seed, summary)}.")
+                notes.append(f"There is no {kind} arm{of_seed(seed, summary)}.")
     for arm in arms:
         for site, history in arm.sites.items():
-            name = f"{site} ({arm.name}{_of_seed(arm.seed, summary)})"
+            name = f"{site} ({arm.name}{of_seed(arm.seed, summary)})"
             if not history.evaluations:
                 notes.append(f"{name} was never evaluated.")
             elif _finite(history.final_val_loss) is None:
@@ -222,22 +254,23 @@ def _notes(summary: Summary, arms: Sequence[ArmResult], num_steps: int) -> list[
                     f"{name} refused {history.num_refusals} thing(s) that arrived; its events say which and why."
                 )
     for arm in arms:
-        baseline_loss = _baseline_loss(arms, arm.seed, num_steps)
+        baseline_loss = _baseline_loss(_compared(arms), arm.seed, num_steps)
         for site, history in arm.sites.items():
             never = baseline_loss is not None and history.first_step_at_or_below(baseline_loss) is None
             if arm.kind == "codistilled" and never:
                 notes.append(
-                    f"{site} ({arm.name}{_of_seed(arm.seed, summary)}) never reached the lone sites' final loss."
+                    f"{site} ({arm.name}{of_seed(arm.seed, summary)}) never reached the lone sites' final loss."
                 )
-    for seed in _seeds_without_gap(summary):
+    for seed in seeds_without_gap(summary):
         notes.append(
-            f"Pooling the data gained nothing over being alone{_of_seed(seed, summary)}: "
+            f"Pooling the data gained nothing over being alone{of_seed(seed, summary)}: "
             "there is no gap that could be closed."
         )
     return notes
 
 
-def _seeds_without_gap(summary: Summary) -> list[int]:
+def seeds_without_gap(summary: Summary) -> list[int]:
+    """The seeds under which pooling gained nothing."""
     losses = {figures["seed"]: figures["final_val_loss"] for figures in summary["by_seed"]}
     return [
         seed
@@ -246,127 +279,9 @@ def _seeds_without_gap(summary: Summary) -> list[int]:
     ]
 
 
-def _of_seed(seed: int, summary: Summary) -> str:
+def of_seed(seed: int, summary: Summary) -> str:
+    """Names the seed where there are several."""
     return f", seed {seed}" if len(summary["seeds"]) > 1 else ""
-
-
-# --- in words and as a table -------------------------------------------------------------------------------------
-
-
-def headline(summary: Summary) -> str:
-    """The outcome in a few plain sentences, whatever it was."""
-    losses, unit = summary["final_val_loss"], summary["loss_unit"]
-    names = {
-        "codistilled": "codistilled sites",
-        "alone": "sites alone",
-        "pooled": "one site with all data pooled",
-    }
-    told = [f"{names[kind]} at {losses[kind]:.3f}" for kind in KINDS if losses[kind] is not None]
-    if not told:
-        return "No arm has finished: there is nothing to compare yet."
-    sentences = [f"Held-out losses end, in {unit}: {', '.join(told)}."]
-    if summary["gap_closed_ratio"] is not None:
-        sentences.append(_gap_sentence(summary))
-    elif any(seed["final_val_loss"][kind] is None for seed in summary["by_seed"] for kind in KINDS):
-        sentences.append("How much of the gap is closed cannot be told: an arm is missing or did not finish.")
-    else:
-        without = [_of_seed(seed, summary) for seed in _seeds_without_gap(summary)]
-        sentences.append(
-            f"Pooling the data gained nothing here{''.join(without)}, so there was no gap to close."
-        )
-    if summary["steps_to_baseline_loss_ratio"] is not None:
-        steps = _with_spread(summary, "steps_to_baseline_loss_ratio", 1, 2)
-        sentences.append(f"The lone sites' final loss is reached after {steps} of the steps.")
-    elif losses["codistilled"] is not None and losses["alone"] is not None:
-        sentences.append("Not every codistilled site reached the lone sites' final loss.")
-    if summary["seconds_ratio_vs_alone"] is not None:
-        seconds = _with_spread(summary, "seconds_ratio_vs_alone", 1, 2)
-        sentences.append(f"Training took {seconds} times as long as alone.")
-    if len(summary["seeds"]) > 1:
-        sentences.append(f"Each figure is the mean of {len(summary['seeds'])} seeds, ± half their range.")
-    return " ".join(sentences)
-
-
-def _gap_sentence(summary: Summary) -> str:
-    if summary["gap_closed_ratio"] < 0:
-        return "Codistillation made it worse than being alone: no part of the gap is closed."
-    gap = _with_spread(summary, "gap_closed_ratio", 100, 0)
-    return f"{gap} % of the gap between alone and pooled is closed, without moving a byte of training data."
-
-
-def _with_spread(summary: Summary, name: str, factor: float, num_digits: int) -> str:
-    """The figure `name`; over several seeds with half its range."""
-    figure = f"{factor * summary[name]:.{num_digits}f}"
-    spread = summary["over_seeds"] and summary["over_seeds"][name]
-    return f"{figure} ± {factor * spread['half_range']:.{num_digits}f}" if spread else figure
-
-
-ABSENT = "–"
-
-
-def number(value: float | None, num_digits: int = 0) -> str:
-    """`value` with `num_digits` decimals, or a dash for None."""
-    return ABSENT if value is None else f"{value:.{num_digits}f}"
-
-
-def percent(ratio: float | None, num_digits: int = 0) -> str:
-    """`ratio` as a percentage, or a dash for None."""
-    return ABSENT if ratio is None else f"{100 * ratio:.{num_digits}f} %"
-
-
-def byte_count(num_bytes: int) -> str:
-    """`num_bytes` in decimal units with one decimal, or a dash for none."""
-    return decimal(num_bytes).replace("bytes", "B") if num_bytes else ABSENT
-
-
-def table(summary: Summary) -> Table:
-    """A line per arm and site, legible at 100 columns; the headline is the caption."""
-    many_seeds = len(summary["seeds"]) > 1
-    result = Table(
-        title=f"{summary['scenario']}: {summary['num_steps']} steps",
-        caption=Text(headline(summary)),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    # Names give way where the width does not do, numbers never.
-    result.add_column("arm", overflow="fold")
-    if many_seeds:
-        result.add_column("seed", justify="right")
-    result.add_column("site", overflow="fold")
-    for heading in (
-        f"held-out\n{summary['loss_unit']}",
-        "lone loss\nreached at",
-        "\nswaps",
-        "stale\nsteps",
-        "\nstall",
-        "\nsent",
-        "\nreceived",
-        "\nsteps/s",
-    ):
-        result.add_column(heading, justify="right", no_wrap=True)
-    for arm in summary["arms"]:
-        for index, (site, values) in enumerate(arm["sites"].items()):
-            swaps = values["num_teacher_swaps"]
-            unfinished = "" if values["finished"] else "*"
-            result.add_row(
-                arm["name"] if index == 0 else "",
-                *([str(arm["seed"])] if many_seeds else []),
-                Text(site + unfinished),
-                number(values["final_val_loss"], 3),
-                percent(values["steps_to_baseline_loss_ratio"]),
-                str(swaps) if swaps else ABSENT,
-                number(values["mean_staleness_steps"], 1),
-                percent(values["exchange_stall_ratio"], 2) if swaps else ABSENT,
-                byte_count(values["bytes_sent"]),
-                byte_count(values["bytes_received"]),
-                number(values["steps_per_s"], 1),
-                end_section=index == len(arm["sites"]) - 1,
-            )
-    if any(not site["finished"] for arm in summary["arms"] for site in arm["sites"].values()):
-        result.caption = Text(f"* did not finish. {headline(summary)}")
-    return result
 
 
 # --- arithmetic that passes None on --------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from p2pcodistill.config import NodeConfig, PeerConfig
 from p2pcodistill.errors import DataError, RunFolderError
 from p2pcodistill.identity import Identity
 from p2pcodistill.simulation.jobs import Job, SiteRun
-from p2pcodistill.simulation.scenario import DECIDED_BY_SIMULATION, ScenarioConfig
+from p2pcodistill.simulation.scenario import ARM_SECTIONS, DECIDED_BY_SIMULATION, ScenarioConfig
 from p2pcodistill.tasks.text import (
     SiteText,
     require_enough_text,
@@ -186,6 +186,10 @@ def scenario_toml(scenario: ScenarioConfig) -> str:
     table = scenario.model_dump(mode="json", exclude_none=True)
     for section, key in DECIDED_BY_SIMULATION:
         table[section].pop(key, None)
+    for arm, entry in zip(scenario.arms, table["arms"], strict=True):
+        for section in ARM_SECTIONS:
+            if (own := getattr(arm, section)) is not None:  # only what it sets otherwise than the scenario
+                entry[section] = own.model_dump(mode="json", exclude_unset=True)
     if "num_threads" not in scenario.group.model_fields_set:
         del table["group"]["num_threads"]
     return _toml(table)
@@ -265,5 +269,6 @@ def _node_config(
             }
         ),
         training=scenario.training.model_copy(update={"seed": job.seed}),
-        codistillation=scenario.codistillation,
+        codistillation=scenario.codistillation_of(job.arm),
+        frames=scenario.frames_of(job.arm),
     )

@@ -26,7 +26,8 @@ from p2pcodistill.errors import GroupError
 from p2pcodistill.group.launch import log_tail
 from p2pcodistill.report.history import SiteHistory
 from p2pcodistill.report.live import make_view
-from p2pcodistill.report.summary import ArmResult, summarise, table
+from p2pcodistill.report.summary import ArmResult, summarise
+from p2pcodistill.report.table import table
 from p2pcodistill.simulation.files import (
     SCENARIO_FILE,
     NodeFiles,

@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from p2pcodistill.config import (
     CodistillationConfig,
+    FramesConfig,
     GroupConfig,
     LanguageModelConfig,
     NonNegativeFloat,
@@ -56,6 +57,8 @@ DECIDED_BY_SIMULATION = {
 }
 """(section, key) of what the simulation sets for each node, so that a scenario cannot; with what to write instead."""
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
+ARM_SECTIONS = ("codistillation", "frames")
+"""Tables of a scenario of which a codistilled arm can set keys otherwise."""
 _UNBUILT_SECTIONS = ("links", "faults")
 
 
@@ -67,6 +70,7 @@ def _check_label(label: Any) -> Any:
 
 
 Label = Annotated[str, BeforeValidator(_check_label)]
+Section = TypeVar("Section", CodistillationConfig, FramesConfig)
 SitePair = Annotated[tuple[SiteName, ...], Field(min_length=2, max_length=2)]
 
 
@@ -96,7 +100,20 @@ class ArmConfig(StrictModel):
     name: Label
     kind: Literal["codistilled", "alone", "pooled"]
     """`codistilled`: the sites learn from each other along the topology. `alone`: each site on its own data, no peers.
-    `pooled`: one site with the data of all."""
+    `pooled`: one site with the data of all. Of several arms of one kind, the headline compares the first."""
+    codistillation: CodistillationConfig | None = None
+    """Keys of `[codistillation]` that differ in this codistilled arm."""
+    frames: FramesConfig | None = None
+    """Keys of `[frames]` that differ in this codistilled arm."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ArmConfig:
+        for section in ARM_SECTIONS:
+            if self.kind != "codistilled" and getattr(self, section) is not None:
+                raise ConfigError(
+                    f"the arm {self.name!r} is {self.kind}: remove its {section}, which only codistilled arms have"
+                )
+        return self
 
 
 class LinkConfig(StrictModel):
@@ -166,6 +183,7 @@ class ScenarioConfig(StrictModel):
     task: LanguageModelConfig = LanguageModelConfig()
     training: TrainingConfig = TrainingConfig()
     codistillation: CodistillationConfig = CodistillationConfig()
+    frames: FramesConfig = FramesConfig()
     links: tuple[LinkConfig, ...] = ()
     faults: tuple[FaultConfig, ...] = ()
     report: ReportConfig = ReportConfig()
@@ -179,6 +197,14 @@ class ScenarioConfig(StrictModel):
     def title(self) -> str:
         """Heading of what is shown to a person."""
         return self.report.title or self.name
+
+    def codistillation_of(self, arm: ArmConfig) -> CodistillationConfig:
+        """The scenario's, with the keys that the arm sets."""
+        return _overridden(self.codistillation, arm.codistillation)
+
+    def frames_of(self, arm: ArmConfig) -> FramesConfig:
+        """The scenario's, with the keys that the arm sets."""
+        return _overridden(self.frames, arm.frames)
 
     @model_validator(mode="after")
     def _check(self) -> ScenarioConfig:
@@ -202,6 +228,12 @@ class ScenarioConfig(StrictModel):
         if with_data and self.data.paths:
             raise ConfigError("data.paths and data of the [[sites]] exclude each other: remove one of them")
         return self
+
+
+def _overridden(section: Section, own: Section | None) -> Section:
+    if own is None:
+        return section
+    return section.model_copy(update={key: getattr(own, key) for key in own.model_fields_set})
 
 
 def _refuse_repetition(what: str, values: Sequence[object]) -> None:

@@ -5,6 +5,7 @@ Run as a script, this file is one rank of the test with two (see `rank_main`).
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -20,11 +21,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from p2pcodistill.checkpoint.frames import DecodedFrame, decode_frame, encode_keyframe
+from p2pcodistill.checkpoint.decoder import decode_frame
+from p2pcodistill.checkpoint.encoder import FrameEncoder
+from p2pcodistill.checkpoint.reference import Reference
 from p2pcodistill.checkpoint.snapshot import Snapshot, take_snapshot
 from p2pcodistill.codistill.codistiller import Codistiller
-from p2pcodistill.codistill.exchange import Inbox, MemoryBoard, Offer
-from p2pcodistill.config import CodistillationConfig
+from p2pcodistill.codistill.exchange import ChainFile, Inbox, MemoryBoard, Offer
+from p2pcodistill.config import CodistillationConfig, FramesConfig
 from p2pcodistill.errors import ConfigError, NonFiniteError
 from p2pcodistill.telemetry import Event, SnapshotSkipped, TeacherRefused, TeacherSwapped
 
@@ -47,8 +50,11 @@ def descend(model: nn.Module, rate: float) -> None:
         parameter.grad = None
 
 
-def frame_of(model: nn.Module, step: int) -> DecodedFrame:
-    return decode_frame(encode_keyframe(take_snapshot(model, step)), max_bytes=1 << 20)
+def reference_of(model: nn.Module, step: int) -> Reference:
+    """`model` as its students get it."""
+    frame = io.BytesIO()
+    FrameEncoder(FramesConfig()).encode(take_snapshot(model, step), frame)
+    return decode_frame(frame.getvalue(), None, max_bytes=1 << 20)
 
 
 @dataclass
@@ -58,10 +64,10 @@ class ScriptedExchange:
     offers: dict[str, Offer] = field(default_factory=dict)
     stop_requested: bool = False
     published: list[Snapshot] = field(default_factory=list)
-    prepared: list[tuple[Offer, Future[DecodedFrame]]] = field(default_factory=list)
+    prepared: list[tuple[Offer, Future[Reference]]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     num_closed: int = 0
-    ready: DecodedFrame | None = None
+    ready: Reference | None = None
 
     def publish(self, snapshot: Snapshot) -> None:
         self.published.append(snapshot)
@@ -69,8 +75,8 @@ class ScriptedExchange:
     def inbox(self) -> Inbox:
         return Inbox(dict(self.offers), self.stop_requested)
 
-    def prepare(self, offer: Offer) -> Future[DecodedFrame]:
-        future: Future[DecodedFrame] = Future()
+    def prepare(self, offer: Offer) -> Future[Reference]:
+        future: Future[Reference] = Future()
         if self.ready is not None:
             future.set_result(self.ready)
         self.prepared.append((offer, future))
@@ -83,7 +89,9 @@ class ScriptedExchange:
         self.num_closed += 1
 
     def offer(self, step: int, *, incarnation: int = 0) -> Offer:
-        self.offers["tokyo"] = Offer("tokyo", incarnation, step, f"/frames/{incarnation}-{step}")
+        self.offers["tokyo"] = Offer(
+            "tokyo", incarnation, step, "/frames", (ChainFile(incarnation, step, f"{step}"),)
+        )
         return self.offers["tokyo"]
 
 
@@ -122,7 +130,7 @@ def test_distillation_begins_after_burn_in_and_with_a_teacher(exchange: Scripted
     model, peer = linear(0), linear(1)
     config = CodistillationConfig(burn_in_steps=4, agreement_interval_steps=1, loss="kl", weight=0.5)
     codistiller = joined(model, exchange, config)
-    exchange.ready = frame_of(peer, 7)
+    exchange.ready = reference_of(peer, 7)
     exchange.offer(7)
     inputs = torch.randn(5, 3)
     losses = []
@@ -186,7 +194,7 @@ def test_the_trial_happens_once_and_leaves_no_trace(exchange: ScriptedExchange) 
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))
     config = CodistillationConfig(burn_in_steps=3, agreement_interval_steps=1)
     codistiller = Codistiller(model, config, exchange=exchange, teachers={"tokyo": 1.0}, forward=forward)
-    exchange.ready = frame_of(model, 10)
+    exchange.ready = reference_of(model, 10)
     exchange.offer(10)
     inputs = torch.ones(2, 3)
     random_state = torch.get_rng_state()
@@ -288,6 +296,59 @@ def test_a_student_from_whom_nobody_learns_publishes_nothing(exchange: ScriptedE
     assert exchange.published == []
 
 
+# --- averaging -----------------------------------------------------------------------------------------------
+
+AVERAGED = CodistillationConfig(burn_in_steps=4, exchange_interval_steps=2, teacher_average_decay=0.5)
+
+
+def step_with_weights(codistiller: Codistiller, model: nn.Module, values: list[float]) -> None:
+    for value in values:
+        with torch.no_grad():
+            model.get_parameter("weight").fill_(value)
+        codistiller.step()
+
+
+def test_the_average_of_the_student_is_published(exchange: ScriptedExchange) -> None:
+    model = linear(0)
+    codistiller = joined(model, exchange, AVERAGED)
+    step_with_weights(codistiller, model, [100.0, 100.0, 1.0, 3.0, 4.0])
+    codistiller.publish()
+    weights = [snapshot.tensors["weight"].unique().tolist() for snapshot in exchange.published]
+    assert [snapshot.step for snapshot in exchange.published] == [4, 5]
+    assert weights == [[2.0], [3.0]], "of the last interval of burn-in, and of what came after it"
+    assert (model.get_parameter("weight") == 4).all()
+
+
+def test_before_the_average_has_begun_the_student_itself_is_published(exchange: ScriptedExchange) -> None:
+    model = linear(0)
+    codistiller = joined(model, exchange, AVERAGED)
+    step_with_weights(codistiller, model, [1.0, 2.0])
+    codistiller.publish()
+    assert exchange.published[0].tensors["weight"].unique().tolist() == [2.0]
+
+
+def test_a_resumed_student_goes_on_with_its_average(exchange: ScriptedExchange) -> None:
+    model = linear(0)
+    codistiller = joined(model, exchange, AVERAGED)
+    step_with_weights(codistiller, model, [0.0, 0.0, 1.0])
+    restarted = ScriptedExchange()
+    resumed = joined(model, restarted, AVERAGED)
+    resumed.load_state_dict(codistiller.state_dict())
+    step_with_weights(resumed, model, [3.0])
+    assert restarted.published[0].tensors["weight"].unique().tolist() == [2.0]
+
+
+def test_nothing_is_averaged_for_nobody(exchange: ScriptedExchange) -> None:
+    for codistiller in (
+        joined(linear(0), None, AVERAGED),
+        Codistiller(linear(0), AVERAGED, exchange=exchange, teachers={"tokyo": 1.0}, num_students=0),
+        joined(linear(0), exchange),
+    ):
+        for _ in range(6):
+            codistiller.step()
+        assert codistiller.state_dict()["average"] is None
+
+
 # --- swapping ------------------------------------------------------------------------------------------------
 
 
@@ -299,7 +360,7 @@ def test_a_teacher_is_swapped_in_once_it_is_decoded(exchange: ScriptedExchange) 
     [(prepared, future)] = exchange.prepared
     assert prepared == offer
     assert codistiller.teacher_versions == {} and exchange.events == []
-    future.set_result(frame_of(linear(1), 10))
+    future.set_result(reference_of(linear(1), 10))
     codistiller.step()  # proposes
     codistiller.step()  # concludes
     assert codistiller.teacher_versions == {"tokyo": (0, 10)}
@@ -309,9 +370,24 @@ def test_a_teacher_is_swapped_in_once_it_is_decoded(exchange: ScriptedExchange) 
     assert len(exchange.prepared) == 1, "the same offer is not taken up again"
 
 
+def test_a_teacher_can_be_kept_in_fewer_bytes(exchange: ScriptedExchange) -> None:
+    model, peer, inputs = linear(0), linear(1), torch.randn(5, 3)
+    exchange.ready = reference_of(peer, 10)
+    exchange.offer(10)
+    losses = []
+    for precision in ("float32", "float16", "int8"):
+        config = EACH_STEP.model_copy(update={"teacher_precision": precision})
+        codistiller = joined(model, exchange, config)
+        for _ in range(3):
+            codistiller.step()
+        losses.append(codistiller.loss(model(inputs), inputs).item())
+    assert losses[1] == losses[0], "what travels as fp16 is exact in fp16"
+    assert losses[2] == pytest.approx(losses[0], rel=0.05) and losses[2] != losses[0]
+
+
 def test_only_newer_offers_are_taken_up_and_a_new_incarnation_is_newer(exchange: ScriptedExchange) -> None:
     codistiller = joined(linear(0), exchange)
-    exchange.ready = frame_of(linear(1), 10)
+    exchange.ready = reference_of(linear(1), 10)
     versions = []
     for incarnation, step in [(0, 10), (0, 9), (0, 11), (1, 2)]:
         exchange.offer(step, incarnation=incarnation)
@@ -324,14 +400,14 @@ def test_only_newer_offers_are_taken_up_and_a_new_incarnation_is_newer(exchange:
 
 def test_a_refused_checkpoint_is_reported_once_and_the_old_teacher_stays(exchange: ScriptedExchange) -> None:
     codistiller = joined(linear(0), exchange)
-    exchange.ready = frame_of(linear(1), 1)
+    exchange.ready = reference_of(linear(1), 1)
     exchange.offer(1)
     for _ in range(4):
         codistiller.step()
     exchange.ready = None
-    faults: list[tuple[Exception | DecodedFrame, str]] = [
+    faults: list[tuple[Exception | Reference, str]] = [
         (NonFiniteError("the tensor 'weight' holds NaN"), "non-finite"),
-        (frame_of(nn.Linear(3, 5), 3), "wrong-schema"),
+        (reference_of(nn.Linear(3, 5), 3), "wrong-schema"),
         (PermissionError("no"), "unreadable"),
         (ZeroDivisionError("a defect of the decoder"), "unreadable"),
     ]
@@ -353,7 +429,7 @@ def test_a_refused_checkpoint_is_reported_once_and_the_old_teacher_stays(exchang
     ]
     assert len(exchange.events) == len(faults) == len(exchange.prepared) - 1
     assert codistiller.teacher_versions == {"tokyo": (0, 1)}
-    exchange.ready = frame_of(linear(1), 9)
+    exchange.ready = reference_of(linear(1), 9)
     exchange.offer(9)
     for _ in range(3):
         codistiller.step()
@@ -366,7 +442,7 @@ def test_a_file_that_a_newer_one_replaced_is_no_refusal(exchange: ScriptedExchan
     codistiller.step()
     codistiller.step()
     exchange.prepared[0][1].set_exception(FileNotFoundError("gone"))
-    exchange.ready = frame_of(linear(1), 2)
+    exchange.ready = reference_of(linear(1), 2)
     exchange.offer(2)
     for _ in range(4):
         codistiller.step()
@@ -376,7 +452,7 @@ def test_a_file_that_a_newer_one_replaced_is_no_refusal(exchange: ScriptedExchan
 
 def test_offers_of_strangers_are_passed_over(exchange: ScriptedExchange) -> None:
     codistiller = joined(linear(0), exchange)
-    exchange.offers["mallory"] = Offer("mallory", 0, 1, "/frames/1")
+    exchange.offers["mallory"] = Offer("mallory", 0, 1, "/frames", ())
     for _ in range(3):
         codistiller.step()
     assert exchange.prepared == []
@@ -407,7 +483,7 @@ def test_a_resumed_student_has_its_teachers_before_its_first_step(exchange: Scri
         return Codistiller(model, EACH_STEP, exchange=exchange, teachers={"tokyo": 1.0}, forward=stateful)
 
     codistiller = student(exchange)
-    exchange.ready = frame_of(linear(1), 10)
+    exchange.ready = reference_of(linear(1), 10)
     exchange.offer(10)
     for _ in range(4):
         codistiller.loss(model(inputs), inputs)
@@ -446,12 +522,12 @@ NUM_STEPS = 24
 class SlowRankExchange(ScriptedExchange):
     """Every rank decodes at a pace of its own: its k-th candidate is there after a number of steps that depends on both."""
 
-    def __init__(self, rank: int, frames: list[DecodedFrame]) -> None:
+    def __init__(self, rank: int, references: list[Reference]) -> None:
         super().__init__()
-        self.rank, self.frames, self.num_steps = rank, frames, 0
-        self.pending: list[tuple[int, Offer, Future[DecodedFrame]]] = []
+        self.rank, self.references, self.num_steps = rank, references, 0
+        self.pending: list[tuple[int, Offer, Future[Reference]]] = []
 
-    def prepare(self, offer: Offer) -> Future[DecodedFrame]:
+    def prepare(self, offer: Offer) -> Future[Reference]:
         future = super().prepare(offer)
         delay = (1 + 2 * self.rank) if len(self.prepared) % 2 else (4 - 2 * self.rank)
         self.pending.append((self.num_steps + delay, offer, future))
@@ -459,21 +535,21 @@ class SlowRankExchange(ScriptedExchange):
 
     def advance(self) -> None:
         self.num_steps += 1
-        self.offer(min(self.num_steps // 3, len(self.frames) - 1))
+        self.offer(min(self.num_steps // 3, len(self.references) - 1))
         self.stop_requested = self.rank == 0 and self.num_steps >= NUM_STEPS - 3
         for due, offer, future in self.pending:
             if due == self.num_steps:
                 if offer.step == 3 and self.rank == 1:  # refused on one rank: refused on all
                     future.set_exception(NonFiniteError("injected"))
                 else:
-                    future.set_result(self.frames[offer.step])
+                    future.set_result(self.references[offer.step])
 
 
 def rank_main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    frames = [frame_of(linear(100 + step), step) for step in range(8)]
-    exchange = SlowRankExchange(rank, frames)
+    references = [reference_of(linear(100 + step), step) for step in range(8)]
+    exchange = SlowRankExchange(rank, references)
     student = DistributedDataParallel(linear(0))
     codistiller = Codistiller(student, EACH_STEP, exchange=exchange, teachers={"tokyo": 1.0})
     torch.manual_seed(rank)
@@ -487,10 +563,10 @@ def rank_main(rank: int, folder: Path) -> None:
         exchange.advance()
         codistiller.step()
         versions.append(codistiller.teacher_versions.get("tokyo"))
-    restarted = SlowRankExchange(rank, frames)
+    restarted = SlowRankExchange(rank, references)
     if rank == 0:
         restarted.offer(7)
-    restarted.ready = frames[7]
+    restarted.ready = references[7]
     resumed = Codistiller(student, EACH_STEP, exchange=restarted, teachers={"tokyo": 1.0})
     resumed.load_state_dict(codistiller.state_dict())
     result = {

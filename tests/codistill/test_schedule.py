@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from p2pcodistill.codistill.schedule import agreement_is_due, distillation_weight, exchange_is_due
+from p2pcodistill.codistill.schedule import (
+    agreement_is_due,
+    averaging_is_due,
+    distillation_weight,
+    exchange_is_due,
+)
 from p2pcodistill.config import CodistillationConfig
 
 
@@ -32,6 +37,18 @@ def test_exchange_is_due_at_multiples_of_its_interval_but_not_before_the_first_u
 def test_a_student_in_burn_in_is_no_teacher_yet(burn_in_steps: int, steps: list[int]) -> None:
     config = CodistillationConfig(burn_in_steps=burn_in_steps, exchange_interval_steps=4)
     assert [step for step in range(13) if exchange_is_due(config, step)] == steps
+
+
+@pytest.mark.parametrize(("burn_in_steps", "first_step"), [(0, 1), (4, 1), (7, 4), (8, 5)])
+def test_averaging_begins_an_interval_before_the_end_of_burn_in(burn_in_steps: int, first_step: int) -> None:
+    config = CodistillationConfig(
+        burn_in_steps=burn_in_steps, exchange_interval_steps=4, teacher_average_decay=0.9
+    )
+    assert [step for step in range(1, 13) if averaging_is_due(config, step)] == list(range(first_step, 13))
+
+
+def test_without_a_decay_nothing_is_averaged() -> None:
+    assert not any(averaging_is_due(CodistillationConfig(burn_in_steps=0), step) for step in range(100))
 
 
 def test_agreement_is_due_at_multiples_of_its_interval() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from p2pcodistill.checkpoint.frames import DecodedFrame, decode_frame, encode_keyframe
+from p2pcodistill.checkpoint.decoder import decode_frame
+from p2pcodistill.checkpoint.encoder import FrameEncoder
+from p2pcodistill.checkpoint.reference import Reference
 from p2pcodistill.checkpoint.snapshot import take_snapshot
+from p2pcodistill.codistill.precision import Precision
 from p2pcodistill.codistill.teachers import TeacherBank, forward_stateless, map_tensors, unwrap
+from p2pcodistill.config import FramesConfig
 from p2pcodistill.errors import SchemaMismatchError
 
 
@@ -45,15 +50,18 @@ def run_recurrent(model: nn.Module, inputs: Any, state: Any) -> tuple[Tensor, An
     return logits, state
 
 
-def frame_of(model: nn.Module, step: int = 1) -> DecodedFrame:
-    return decode_frame(encode_keyframe(take_snapshot(model, step)), max_bytes=1 << 20)
+def reference_of(model: nn.Module, step: int = 1) -> Reference:
+    """`model` as its students get it."""
+    frame = io.BytesIO()
+    FrameEncoder(FramesConfig()).encode(take_snapshot(model, step), frame)
+    return decode_frame(frame.getvalue(), None, max_bytes=1 << 20)
 
 
 def test_a_teacher_predicts_like_the_checkpointed_model_in_eval_mode() -> None:
     student, peer = Tied(), Tied()
     peer(torch.arange(10))  # moves its running statistics
     bank = TeacherBank(student, {"tokyo": 1.0}, forward_stateless)
-    bank.load("tokyo", frame_of(peer), (1, 5))
+    bank.load("tokyo", reference_of(peer), (1, 5))
     [logits], weights = bank.predict(torch.arange(10))
     peer.eval()
     torch.testing.assert_close(logits, peer(torch.arange(10)), rtol=1e-2, atol=1e-2)
@@ -63,11 +71,37 @@ def test_a_teacher_predicts_like_the_checkpointed_model_in_eval_mode() -> None:
     assert module.get_parameter("readout.weight") is module.get_parameter("embedding.weight"), "ties stay"
 
 
+@pytest.mark.parametrize(
+    ("precision", "matrix_bytes"),
+    [("float32", 10_240), ("float16", 5_124), ("bfloat16", 5_124), ("int8", 2_600)],
+)
+def test_a_bank_in_lower_precision_is_smaller_and_loads_in_place(
+    precision: Precision, matrix_bytes: int
+) -> None:
+    student, peers = Tied(256), [Tied(256), Tied(256)]
+    bank = TeacherBank(student, {"a": 1.0, "b": 1.0}, forward_stateless, precision=precision)
+    num_bytes = 2 * (matrix_bytes + 4 * 256 * 4 + 8)  # the batch norm stays as it is
+    assert bank.num_bytes == num_bytes
+    for step, peer in enumerate(peers):
+        peer(torch.arange(10))
+        reference = reference_of(peer)
+        bank.check(reference)
+        bank.load("b", reference, (0, step))
+        for tensor in reference.tensors.values():
+            tensor.zero_()  # the next delta frame moves it on
+        [logits], _ = bank.predict(torch.arange(10))
+        expected = peer.eval()(torch.arange(10))
+        assert logits.dtype == torch.float32
+        assert (logits - expected).norm() < 0.02 * expected.norm()
+        assert torch.equal(bank.teachers["b"].module.get_buffer("norm.running_mean"), peer.norm.running_mean)
+    assert bank.num_bytes == num_bytes
+
+
 def test_teachers_neither_learn_nor_share_memory_with_the_student() -> None:
     student = Tied()
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     bank = TeacherBank(student, {"tokyo": 1.0}, forward_stateless)
-    bank.load("tokyo", frame_of(Tied()), (0, 1))
+    bank.load("tokyo", reference_of(Tied()), (0, 1))
     module = bank.teachers["tokyo"].module
     statistics = module.get_buffer("norm.running_mean").clone()
     [logits], _ = bank.predict(torch.arange(10))
@@ -80,8 +114,8 @@ def test_teachers_neither_learn_nor_share_memory_with_the_student() -> None:
 def test_weights_are_normalised_over_the_teachers_present() -> None:
     bank = TeacherBank(Tied(), {"a": 1.0, "b": 2.0, "c": 6.0}, forward_stateless)
     assert bank.present == []
-    bank.load("a", frame_of(Tied()), (0, 1))
-    bank.load("c", frame_of(Tied()), (0, 1))
+    bank.load("a", reference_of(Tied()), (0, 1))
+    bank.load("c", reference_of(Tied()), (0, 1))
     logits, weights = bank.predict(torch.arange(10))
     assert len(logits) == 2
     assert weights == pytest.approx([1 / 7, 6 / 7])
@@ -90,7 +124,7 @@ def test_weights_are_normalised_over_the_teachers_present() -> None:
 def test_inputs_may_be_a_tuple() -> None:
     model = nn.Bilinear(2, 3, 4)
     bank = TeacherBank(model, {"a": 1.0}, forward_stateless)
-    bank.load("a", frame_of(model), (0, 1))
+    bank.load("a", reference_of(model), (0, 1))
     [logits], _ = bank.predict((torch.ones(5, 2), torch.ones(5, 3)))
     assert logits.shape == (5, 4)
 
@@ -101,21 +135,21 @@ def test_a_carried_state_survives_swaps_and_resumes(autocast: bool) -> None:
     student = Recurrent()
     windows = torch.randn(3, 2, 5, 4)  # windows, batch, time, features
 
-    def bank_of(frame: DecodedFrame) -> TeacherBank:
+    def bank_of(reference: Reference) -> TeacherBank:
         bank = TeacherBank(student, {"a": 1.0}, run_recurrent)
-        bank.load("a", frame, (0, 1))
+        bank.load("a", reference, (0, 1))
         return bank
 
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        bank = bank_of(frame_of(student))
+        bank = bank_of(reference_of(student))
         bank.predict(windows[0])
         saved = bank.state_dict()
-        bank.load("a", frame_of(student, step=2), (0, 2))
+        bank.load("a", reference_of(student, step=2), (0, 2))
         [carried], _ = bank.predict(windows[1])
-        resumed = bank_of(frame_of(student))
+        resumed = bank_of(reference_of(student))
         resumed.load_state_dict(saved)
         [again], _ = resumed.predict(windows[1])
-        [fresh], _ = bank_of(frame_of(student)).predict(windows[1])
+        [fresh], _ = bank_of(reference_of(student)).predict(windows[1])
     assert saved["a"]["version"] == [0, 1]
     assert torch.equal(carried, again)
     assert not torch.equal(carried, fresh)
@@ -139,15 +173,15 @@ def test_a_state_of_a_former_teacher_is_left_out() -> None:
 def test_another_model_is_refused_and_the_difference_named(peer: nn.Module, sentence: str) -> None:
     bank = TeacherBank(Tied(), {"a": 1.0}, forward_stateless)
     with pytest.raises(SchemaMismatchError, match=sentence):
-        bank.check(frame_of(peer))
-    bank.check(frame_of(Tied()))
+        bank.check(reference_of(peer))
+    bank.check(reference_of(Tied()))
 
 
 def test_the_student_may_be_compiled() -> None:
     model = Tied()
     compiled = torch.compile(model, backend="eager")
     assert unwrap(compiled) is model
-    TeacherBank(compiled, {"a": 1.0}, forward_stateless).check(frame_of(model))
+    TeacherBank(compiled, {"a": 1.0}, forward_stateless).check(reference_of(model))
 
 
 def test_hooks_of_the_students_stay_with_the_student() -> None:
@@ -166,7 +200,7 @@ def test_hooks_of_the_students_stay_with_the_student() -> None:
         part.register_full_backward_hook(hook)
     bank = TeacherBank(student, {"a": 1.0}, forward_stateless)
     peer = nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 4)), nn.Linear(4, 5))
-    bank.load("a", frame_of(peer), (0, 1))
+    bank.load("a", reference_of(peer), (0, 1))
     inputs = torch.ones(2, 3)
     [logits], _ = bank.predict(inputs)
     assert num_calls == 0

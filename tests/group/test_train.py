@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file, load_model
 from torch import Tensor
 
-from p2pcodistill.checkpoint.frames import encode_keyframe
+from p2pcodistill.checkpoint.decoder import decode_frame
+from p2pcodistill.checkpoint.encoder import FrameEncoder
 from p2pcodistill.checkpoint.snapshot import take_snapshot
-from p2pcodistill.config import GROUP_SPEC_VARIABLE, GroupConfig, GroupSpec, TrainingConfig
+from p2pcodistill.config import GROUP_SPEC_VARIABLE, FramesConfig, GroupConfig, GroupSpec, TrainingConfig
 from p2pcodistill.errors import GroupError
 from p2pcodistill.group import exchange as exchange_module
 from p2pcodistill.group import train as train_module
-from p2pcodistill.group.link import EventHappened, FrameOffer, Left, RankLink, StopRequested
+from p2pcodistill.group.link import FrameOffer, Left, RankLink, StopRequested
 from p2pcodistill.group.train import choose_device, choose_precision, learning_rate, main, train
 from p2pcodistill.tasks.language_model import ByteLSTM, LanguageModelTask
 from p2pcodistill.telemetry import (
@@ -35,6 +36,13 @@ from p2pcodistill.telemetry import (
 )
 
 Launch = Callable[[GroupSpec], Path]
+
+
+def write_frame(folder: Path, spec: GroupSpec) -> FrameOffer:
+    """A keyframe of tokyo's step 100, offered."""
+    with (folder / "tokyo.frame").open("wb") as file:
+        FrameEncoder(FramesConfig()).encode(take_snapshot(ByteLSTM(spec.task), 100), file)
+    return FrameOffer("tokyo", 1, 100, str(folder), ((1, 100, "tokyo.frame"),))
 
 
 def with_training(spec: GroupSpec, **changes: Any) -> GroupSpec:
@@ -109,7 +117,7 @@ def test_a_run_tells_its_story_and_leaves_a_model(spec: GroupSpec, run: Any, stu
     published = [frame.step for frame in stub_node.frames]
     skipped = [event.step for event in events if isinstance(event, SnapshotSkipped)]
     assert sorted(published + skipped) == [5, 10, 12] and published[-1] == 12, "the last step is published"
-    assert isinstance(stub_node.messages[-2], EventHappened), "everything was handed over before the end"
+    assert isinstance(stub_node.messages[-1], Left), "everything was handed over before the end"
     load_model(ByteLSTM(spec.task), spec.model_path)
 
 
@@ -120,9 +128,7 @@ def test_the_loss_falls(spec: GroupSpec, run: Any, stub_node) -> None:
 
 
 def test_a_teacher_teaches(spec: GroupSpec, run: Any, stub_node, tmp_path: Path) -> None:
-    path = tmp_path / "tokyo.frame"
-    path.write_bytes(encode_keyframe(take_snapshot(ByteLSTM(spec.task), 100)))
-    stub_node.offers = (FrameOffer("tokyo", 1, 100, str(path), path.stat().st_size),)
+    stub_node.offers = (write_frame(tmp_path, spec),)
     alone = run(in_folder(spec, tmp_path / "alone"))
     taught = run(in_folder(spec.model_copy(update={"teachers": {"tokyo": 1.0}}), tmp_path / "taught"))
     events = stub_node.events
@@ -152,6 +158,35 @@ def test_a_crashed_run_resumes_bit_for_bit(
     assert isinstance(started, TrainingStarted) and started.start_step == 10
     ended = stub_node.events[-1]
     assert isinstance(ended, TrainingEnded) and ended.finished
+
+
+def test_a_resumed_run_publishes_the_average_of_the_one_that_never_stopped(
+    spec: GroupSpec, run: Any, stub_node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = with_training(spec, num_steps=20, checkpoint_interval_steps=10)
+    spec = spec.model_copy(
+        update={
+            "codistillation": spec.codistillation.model_copy(update={"teacher_average_decay": 0.9}),
+            "frames": FramesConfig(delta="off", keyframe="fp32"),
+        }
+    )
+
+    def last_published() -> dict[str, Tensor]:
+        frame = stub_node.frames[-1]
+        assert frame.step == 20
+        return decode_frame(Path(frame.path).read_bytes(), None, max_bytes=1 << 20).tensors
+
+    model_tensors = run(in_folder(spec, tmp_path / "straight"))
+    average = last_published()
+    assert not torch.equal(average["readout.weight"], model_tensors["readout.weight"])
+    crashed = in_folder(spec, tmp_path / "crashed")
+    with monkeypatch.context() as patch:
+        crashes = crash_at(patch, 13)
+        with pytest.raises(Crash):
+            run(crashed)
+    assert crashes == [13]
+    run(crashed)
+    assert_same_model(last_published(), average)
 
 
 def test_a_resume_passes_over_a_torn_checkpoint(
@@ -203,9 +238,7 @@ def test_a_stopped_run_checkpoints_and_goes_on_bit_for_bit(
 def test_a_resumed_run_has_the_teachers_of_the_store_at_its_first_step(
     spec: GroupSpec, run: Any, stub_node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "tokyo.frame"
-    path.write_bytes(encode_keyframe(take_snapshot(ByteLSTM(spec.task), 100)))
-    stub_node.offers = (FrameOffer("tokyo", 1, 100, str(path), path.stat().st_size),)
+    stub_node.offers = (write_frame(tmp_path, spec),)
     spec = with_training(
         spec.model_copy(update={"teachers": {"tokyo": 1.0}}), num_steps=20, checkpoint_interval_steps=10
     )

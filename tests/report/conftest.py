@@ -12,6 +12,7 @@ from p2pcodistill.report.summary import ArmResult, Kind
 from p2pcodistill.telemetry import (
     Evaluated,
     Event,
+    FrameFetched,
     FramePublished,
     GroupExited,
     GroupStarted,
@@ -68,9 +69,11 @@ def site_events(
             continue
         yield Evaluated(step, loss_at(kind, step, num_steps, offset), 0.2)
         if peers:
-            yield FramePublished(1, step, FRAME_BYTES, 2 * NUM_PARAMETERS)
+            frame_kind = "keyframe" if step == 50 else "delta"
+            yield FramePublished(1, step, frame_kind, FRAME_BYTES, 2 * NUM_PARAMETERS)
             for index, peer in enumerate(peers):
                 yield VersionAnnounced(peer, 1, step - 20 * index, FRAME_BYTES)
+                yield FrameFetched(peer, 1, step - 20 * index, frame_kind, FRAME_BYTES, 0, 0.1)
                 sent, received = sent + FRAME_BYTES + 2000, received + FRAME_BYTES + 1800
             yield TrafficMeasured(sent, received, {}, {})
     yield TrainingEnded(

@@ -4,12 +4,11 @@ import math
 import re
 import subprocess
 import sys
-from itertools import combinations, pairwise
+from dataclasses import replace
+from itertools import combinations
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Annotation, Text
@@ -18,7 +17,6 @@ from p2pcodistill.report.figures import (
     learning_curves,
     save_png,
     site_colours,
-    spread_apart,
     staleness_and_lag,
     to_svg,
     traffic,
@@ -51,6 +49,19 @@ def test_every_line_has_its_label_and_a_site_its_colour(make_arms):
     assert all(
         by_colour.count(colours[site]) == 3 for site in ("berlin", "tokyo")
     )  # two curves and a mark each
+
+
+def test_arms_of_one_kind_have_lines_and_names_of_their_own(make_arms):
+    first, other = make_arms(), make_arms(kinds=("codistilled",))[0]
+    for history in other.sites.values():
+        history.evaluations = [(step, loss + 0.05) for step, loss in history.evaluations]
+    arms = [*first, replace(other, name="ternary")]
+    figure = curves(arms)
+    labels = " | ".join(texts(figure))
+    for label in ("berlin, codistilled  1.473", "berlin, ternary  1.523", "berlin, alone  1.589"):
+        assert label in labels
+    one, both = curves(first).axes[0], figure.axes[0]
+    assert len(both.lines) == len(one.lines) + 2, "a line a site, and no more marks"
 
 
 def test_the_steep_start_does_not_flatten_the_picture(make_arms):
@@ -145,23 +156,6 @@ def test_svg_is_text_with_ids_of_its_own(make_arms):
 def test_png_has_two_pixels_a_point(make_arms, tmp_path):
     save_png(curves(make_arms()), tmp_path / "curves.png")
     assert imread(tmp_path / "curves.png").shape[:2] == (980, 1800)
-
-
-POSITIONS = st.lists(st.floats(0, 1, allow_nan=False), min_size=1, max_size=12).map(sorted)
-
-
-@given(POSITIONS)
-def test_spread_apart_keeps_order_distance_and_bounds(positions):
-    spread = spread_apart(positions, gap=0.05, low=0.0, high=1.0)
-    assert len(spread) == len(positions)
-    assert all(after - before >= 0.05 - 1e-9 for before, after in pairwise(spread))
-    assert spread[0] - 0.025 >= -1e-9 and spread[-1] + 0.025 <= 1 + 1e-9
-
-
-def test_spread_apart_moves_only_what_is_too_close():
-    assert spread_apart([0.2, 0.49, 0.51, 0.9], gap=0.1, low=0.0, high=1.0) == pytest.approx(
-        [0.2, 0.45, 0.55, 0.9]
-    )
 
 
 def test_no_window_system_is_touched():

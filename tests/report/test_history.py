@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2pcodistill.report.history import SiteHistory, TeacherTracker, TrafficTotals
+from p2pcodistill.report.history import Fetched, SiteHistory, TeacherTracker, TrafficTotals, read_event
 from p2pcodistill.telemetry import (
     Evaluated,
     Event,
+    FrameFetched,
     FramePublished,
     GroupStarted,
     NodeStarted,
@@ -171,11 +172,32 @@ def test_a_loss_that_was_not_finite_is_nan():
     assert history.first_step_at_or_below(100.0) is None
 
 
+def test_frames_are_counted_by_kind_and_origin():
+    history = history_of(
+        FramePublished(1, 50, "keyframe", 80, 100),
+        FramePublished(1, 100, "delta", 5, 100),
+        FramePublished(1, 100, "keyframe", 80, 100),
+        FrameFetched("tokyo", 1, 60, "keyframe", 70, 0, 0.1),
+        FrameFetched("tokyo", 1, 110, "delta", 4, 3, 0.1),
+        FrameFetched("oslo", 1, 60, "keyframe", 70, 0, 0.1),
+    )
+    assert (history.num_frames_published, history.num_keyframes_published) == (3, 2)
+    assert history.num_fp16_bytes == 100
+    assert history.fetched == {"tokyo": Fetched({(1, 60), (1, 110)}, 77), "oslo": Fetched({(1, 60)}, 70)}
+
+
+def test_logs_from_before_delta_frames_are_read():
+    record = to_record(FramePublished(1, 50, "delta", 80, 100), time_unix_s=1.0)
+    del record["kind"]
+    assert read_event(record) == FramePublished(1, 50, "keyframe", 80, 100)
+    assert SiteHistory.of([record]).num_keyframes_published == 1
+
+
 def test_refusals_of_node_and_ranks_are_counted():
     history = history_of(
         Refused(None, "malformed", "x"),
         TeacherRefused(5, "tokyo", 1, 4, "non-finite", "x"),
-        FramePublished(1, 5, 1, 1),
+        FramePublished(1, 5, "keyframe", 1, 1),
     )
     assert (history.num_refusals, history.num_frames_published) == (2, 1)
 

@@ -10,6 +10,7 @@ from p2pcodistill.report.progress import MAX_SENTENCE_CHARACTERS, Progress, desc
 from p2pcodistill.telemetry import (
     Evaluated,
     Event,
+    FramePublished,
     GroupExited,
     GroupStarted,
     NodeStarted,
@@ -105,6 +106,21 @@ def test_peers_staleness_and_traffic():
     assert (progress.num_bytes_sent, progress.num_bytes_received) == (105, 205)
 
 
+def test_the_ratio_of_frames_counts_each_checkpoint_once():
+    assert Progress().frame_ratio is None
+    keyframe, delta = FramePublished(1, 50, "keyframe", 80, 100), FramePublished(1, 100, "delta", 20, 100)
+    again = FramePublished(1, 100, "keyframe", 80, 100)
+    assert progress_of(keyframe).frame_ratio == pytest.approx(1.25)
+    assert progress_of(keyframe, delta, again).frame_ratio == pytest.approx(2.0)
+    restarted = FramePublished(2, 100, "keyframe", 100, 100)
+    assert progress_of(keyframe, delta, again, restarted).frame_ratio == pytest.approx(1.5)
+    old = Progress()
+    record = to_record(keyframe)
+    del record["kind"]  # as before delta frames
+    old.update(record)
+    assert old.frame_ratio == pytest.approx(1.25)
+
+
 def test_refusals_are_counted_and_the_last_is_kept():
     progress = progress_of(
         Refused("tokyo", "malformed", "the manifest does not parse"),
@@ -130,12 +146,13 @@ def test_describe_says_what_is_known_and_nothing_else():
         PeerConnected("tokyo"),
         TeacherSwapped(55, "tokyo", 1, 50),
         TrafficMeasured(1_600_000, 800_000, {}, {}),
+        FramePublished(1, 50, "delta", 100, 1800),
         measured(60),
         Evaluated(60, 1.5, 0.1),
     )
     assert describe(progress) == (
         "training, step 60/100, loss 1.250, held-out 1.500, tokyo 0 steps stale, 1/1 peers, "
-        "sent 1.6 MB, received 800.0 kB, 10.0 steps/s, 0:04 left"
+        "sent 1.6 MB, received 800.0 kB, 18.0 times smaller than fp16, 10.0 steps/s, 0:04 left"
     )
 
 

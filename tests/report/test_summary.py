@@ -1,14 +1,14 @@
 from __future__ import annotations
 
-import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
-from p2pcodistill.report.history import SiteHistory
-from p2pcodistill.report.summary import ArmResult, all_reduce_bytes, headline, summarise, table
+from p2pcodistill.report.history import Fetched, SiteHistory
+from p2pcodistill.report.summary import HEADLINES, ArmResult, all_reduce_bytes, summarise
+from p2pcodistill.report.table import headline
 
 
 def site(*evaluations: tuple[int, float], finished: bool = True, **fields) -> SiteHistory:
@@ -67,11 +67,14 @@ def test_the_summary_of_a_whole_run_is_strict_json_and_complete(make_arms):
     assert berlin["num_steps"] == 2000 and berlin["finished"]
     assert berlin["bytes_sent"] == 40 * 1_612_000
     assert berlin["bytes_vs_all_reduce_ratio"] == pytest.approx(940_000 * 4 * 2000 / berlin["bytes_sent"])
+    assert berlin["bytes_vs_fp16_ratio"] == pytest.approx(2 * 940_000 / 1_610_000)
+    assert summary["bytes_vs_fp16_ratio"] == pytest.approx(2 * 940_000 / 1_610_000)
+    assert (berlin["num_frames_published"], berlin["num_keyframes_published"]) == (40, 1)
     assert berlin["num_teacher_swaps"] == 39
     assert (berlin["num_parameters"], berlin["device"], berlin["precision"]) == (940_000, "cpu", "float32")
     assert berlin["mean_staleness_steps"] > 0 and berlin["mean_lag_steps"] > 0
     lone = summary["arms"][1]["sites"]["berlin"]
-    assert lone["bytes_vs_all_reduce_ratio"] is None
+    assert lone["bytes_vs_all_reduce_ratio"] is None and lone["bytes_vs_fp16_ratio"] is None
     assert lone["mean_staleness_steps"] is None
     assert lone["steps_to_baseline_loss_ratio"] is None
 
@@ -221,44 +224,48 @@ def test_a_seed_that_failed_leaves_the_spread_untold():
     assert headline(summary).startswith("Held-out losses end")
 
 
+def test_what_travelled_is_compared_with_fp16():
+    arms = simple_arms()
+    berlin, tokyo = arms[0].sites.values()
+    assert summarise("pair", arms, 100)["bytes_vs_fp16_ratio"] is None
+    berlin.num_fp16_bytes = tokyo.num_fp16_bytes = 100
+    berlin.fetched["tokyo"] = Fetched({(1, 50), (1, 100)}, 20)
+    summary = summarise("pair", arms, 100)
+    assert summary["bytes_vs_fp16_ratio"] == pytest.approx(10)
+    sites = summary["arms"][0]["sites"]
+    assert sites["tokyo"]["bytes_vs_fp16_ratio"] == pytest.approx(10)
+    assert sites["berlin"]["bytes_vs_fp16_ratio"] is None, "nobody has fetched anything of it"
+    tokyo.fetched["berlin"] = Fetched({(1, 50), (1, 100)}, 80)
+    assert summarise("pair", arms, 100)["bytes_vs_fp16_ratio"] == pytest.approx(4)
+    assert "travelled 4.0 times smaller" in headline(summarise("pair", arms, 100))
+
+
+def test_arms_of_one_kind_are_not_averaged_and_the_first_is_compared():
+    other = replace(simple_arms(berlin=1.5, tokyo=1.5)[0], name="ternary")
+    twin = replace(simple_arms()[1], name="twin", sites={"berlin": site((100, 9.0))})
+    arms = [*simple_arms(), other, twin]
+    summary, plain = summarise("pair", arms, 100), summarise("pair", simple_arms(), 100)
+    assert {name: summary[name] for name in HEADLINES} == {name: plain[name] for name in HEADLINES}
+    assert summary["final_val_loss"] == plain["final_val_loss"]
+    assert summary["by_seed"] == plain["by_seed"]
+    [ternary] = summary["other_arms"]
+    assert ternary["name"] == "ternary"
+    assert ternary["final_val_loss"] == summary["final_val_loss"] | {"codistilled": 1.5}
+    assert ternary["gap_closed_ratio"] == pytest.approx(0.5)
+    assert [arm["name"] for arm in summary["arms"]] == ["codistilled", "alone", "pooled", "ternary", "twin"]
+    assert plain["other_arms"] == []
+
+
+def test_further_arms_have_their_own_spread():
+    arms = []
+    for seed, loss in ((0, 1.5), (1, 1.7)):
+        arms += [*simple_arms(seed=seed), replace(simple_arms(loss, loss, seed=seed)[0], name="exact")]
+    [exact] = summarise("pair", arms, 100)["other_arms"]
+    assert exact["gap_closed_ratio"] == pytest.approx(0.4)
+    assert exact["over_seeds"]["gap_closed_ratio"]["half_range"] == pytest.approx(0.1)
+
+
 def test_refusals_are_noted():
     arms = simple_arms()
     arms[0].sites["berlin"].num_refusals = 3
     assert any("berlin (codistilled) refused 3" in note for note in summarise("pair", arms, 100)["notes"])
-
-
-def test_the_headline_of_a_good_run(make_arms):
-    assert headline(summarise("pair", make_arms(), 2000)) == (
-        "Held-out losses end, in nats/byte: codistilled sites at 1.485, sites alone at 1.601, one site with all data pooled "
-        "at 1.479. 95 % of the gap between alone and pooled is closed, without moving a byte of training data. "
-        "The lone sites' final loss is reached after 0.65 of the steps. Training took 1.33 times as long as "
-        "alone."
-    )
-
-
-def test_the_headline_of_nothing():
-    assert "nothing to compare" in headline(summarise("pair", [], 100))
-
-
-def rendered(summary, width: int = 100) -> list[str]:
-    console = Console(width=width, file=io.StringIO())
-    with console.capture() as capture:
-        console.print(table(summary))
-    return capture.get().splitlines()
-
-
-@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
-def test_the_table_is_legible_at_100_columns(make_arms, seeds):
-    lines = rendered(summarise("pair", make_arms(seeds=seeds), 2000))
-    assert max(map(len, lines)) <= 100
-    assert not any("…" in line for line in lines)
-    text = "\n".join(lines)
-    assert "1.473" in text and "64.5 MB" in text and "95" in text
-    assert sum("berlin" in line for line in lines) == 2 * len(seeds)
-
-
-def test_the_table_marks_what_did_not_finish():
-    arms = simple_arms()
-    arms[1].sites["tokyo"] = site((50, 1.5), finished=False)
-    text = "\n".join(rendered(summarise("pair", arms, 100)))
-    assert "tokyo*" in text and "* did not finish" in text

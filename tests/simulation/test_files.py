@@ -155,6 +155,27 @@ def test_the_written_scenario_is_the_scenario(corpus: Path, tmp_path: Path, grou
     assert ("num_threads" in again.group.model_fields_set) == ("num_threads" in group)
 
 
+ARMS = [
+    {"name": "ternary", "kind": "codistilled", "frames": {"delta": "ternary"}},
+    {"name": "average", "kind": "codistilled", "codistillation": {"teacher_average_decay": 0.98}},
+    {"name": "alone", "kind": "alone"},
+]
+
+
+def test_the_written_scenario_says_of_an_arm_what_differs(corpus: Path, tmp_path: Path) -> None:
+    scenario = load(corpus.parent, arms=ARMS, frames={"delta": "lossless"})
+    path = tmp_path / "again.toml"
+    path.write_text(scenario_toml(scenario))
+    assert load_toml(path)["arms"] == ARMS
+    changed = load_scenario(path, ["frames.keyframe=int8", "codistillation.burn_in_steps=3"])
+    assert changed.frames_of(changed.arms[0]).model_dump() == {
+        **scenario.frames.model_dump(),
+        "delta": "ternary",
+        "keyframe": "int8",
+    }
+    assert changed.codistillation_of(changed.arms[1]).burn_in_steps == 3
+
+
 def test_a_topology_file_goes_with_the_run(corpus: Path, tmp_path: Path) -> None:
     (corpus.parent / "ours.edgelist").write_text("berlin tokyo\ntokyo berlin\n")
     scenario = load(corpus.parent, topology="ours.edgelist")
@@ -222,11 +243,26 @@ def test_arms_differ_in_peers_and_data_only(scenario: ScenarioConfig, tmp_path: 
     _, configs = prepare(scenario, tmp_path / "runs")
     for site in ("berlin", "tokyo"):
         lone, member = configs["alone-seed0", site], configs["codistilled-seed0", site]
-        for section in ("group", "task", "training", "codistillation"):
+        for section in ("group", "task", "training", "codistillation", "frames"):
             assert getattr(lone, section) == getattr(member, section)
     pooled, berlin = configs["pooled-seed0", "pooled"], configs["alone-seed0", "berlin"]
     assert pooled.training == berlin.training
     assert pooled.task == berlin.task.model_copy(update={"data": pooled.task.data})
+
+
+def test_what_an_arm_sets_reaches_its_nodes(corpus: Path, tmp_path: Path) -> None:
+    scenario = load(corpus.parent, arms=ARMS, frames={"delta": "lossless", "target_error": 0.5})
+    _, configs = prepare(scenario, tmp_path / "runs")
+    told = {
+        run: (config.frames.delta, config.frames.target_error, config.codistillation.teacher_average_decay)
+        for (run, site), config in configs.items()
+        if site == "berlin"
+    }
+    assert told == {
+        "ternary-seed0": ("ternary", 0.5, 0.0),
+        "average-seed0": ("lossless", 0.5, 0.98),
+        "alone-seed0": ("lossless", 0.5, 0.0),
+    }
 
 
 def test_what_the_group_will_read_is_the_split_text_to_the_byte(

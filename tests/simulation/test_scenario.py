@@ -67,6 +67,15 @@ def test_defaults_fit_any_number_of_sites(tmp_path: Path) -> None:
         ({"arms": [{"name": "a", "kind": "alone"}] * 2}, "arm 'a' is listed twice"),
         ({"arms": [{"name": "a", "kind": "lone"}]}, "arms.0.kind: .*'lone'"),
         ({"arms": [{"name": "a/b", "kind": "alone"}]}, "arms.0.name: use at most 40 letters.*'a/b'"),
+        (
+            {"arms": [{"name": "a", "kind": "alone", "frames": {"delta": "off"}}]},
+            "the arm 'a' is alone: remove its frames",
+        ),
+        (
+            {"arms": [{"name": "a", "kind": "codistilled", "frames": {"dleta": "off"}}]},
+            "unknown key 'arms.0.frames.dleta': did you mean 'delta'",
+        ),
+        ({"frames": {"delta": "2-bit"}}, "frames.delta: .*'2-bit'"),
         ({"name": "x" * 41}, "name: use at most 40 letters"),
         ({"seeds": []}, "seeds: .*at least 1"),
         ({"seeds": [1, 1]}, "seed 1 is listed twice"),
@@ -108,6 +117,21 @@ def test_what_is_wrong_is_refused_in_one_line_that_names_file_and_key(
         load_scenario(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_codistilled_arm_sets_keys_of_its_own() -> None:
+    arms = [
+        {"name": "ternary", "kind": "codistilled"},
+        {"name": "exact", "kind": "codistilled", "frames": {"delta": "lossless"}},
+        {"name": "average", "kind": "codistilled", "codistillation": {"teacher_average_decay": 0.98}},
+    ]
+    sections = {"frames": {"delta": "ternary", "keyframe": "int8"}, "codistillation": {"burn_in_steps": 7}}
+    scenario = parse_model(ScenarioConfig, table(arms=arms, **sections), source="test")
+    assert [scenario.frames_of(arm).delta for arm in scenario.arms] == ["ternary", "lossless", "ternary"]
+    assert {scenario.frames_of(arm).keyframe for arm in scenario.arms} == {"int8"}
+    of_arms = [scenario.codistillation_of(arm) for arm in scenario.arms]
+    assert [of.teacher_average_decay for of in of_arms] == [0, 0, 0.98]
+    assert {of.burn_in_steps for of in of_arms} == {7}
 
 
 @pytest.mark.parametrize(

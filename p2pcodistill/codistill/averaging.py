@@ -1,0 +1,74 @@
+"""An exponential moving average of the student, to be published instead of its last weights.
+
+A teacher that is an average of many steps lacks the noise of the last few.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from p2pcodistill.checkpoint.snapshot import Snapshot, take_snapshot
+
+
+class WeightAverage:
+    """The average of `model`'s parameters, with `decay` a step; its buffers are not averaged.
+
+    The first 1 / (1 - decay) steps count alike, so that the model with which the average begins weighs no more than others.
+    Memory: one copy of the parameters beside the model; for those of half precision, another one in float32.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self._num_steps = 0
+        # Made before training has left anything in the model that cannot be copied; it has no part in the computation.
+        self._module = copy.deepcopy(model).requires_grad_(False)
+        for own, others in zip(self._module.modules(), model.modules(), strict=True):
+            own._buffers = others._buffers  # the same ones, now and later
+        pairs = list(zip(model.named_parameters(), self._module.parameters(), strict=True))
+        # The parameters themselves, not views of their memory: what moves a model gives them other memory.
+        self._sources = {name: source for (name, source), _ in pairs if source.is_floating_point()}
+        self._published = [own for _, own in pairs if own.is_floating_point()]
+        self._exact = [(own, source) for (_, source), own in pairs if not own.is_floating_point()]
+        # A small step in half precision would be lost in rounding.
+        self._averages = [own.to(torch.promote_types(own.dtype, torch.float32)) for own in self._published]
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything to publish."""
+        return self._num_steps > 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Count the model as it is now; to be called after each step from the first one that is to count."""
+        pairs = zip(self._sources.values(), self._averages, strict=True)
+        sources = [source.to(average.dtype) for source, average in pairs]
+        self._num_steps += 1
+        torch._foreach_lerp_(self._averages, sources, max(1 - self._decay, 1 / self._num_steps))
+
+    @torch.no_grad()
+    def take_snapshot(self, step: int) -> Snapshot:
+        """As `checkpoint.snapshot.take_snapshot` of the model, with its average in place of its parameters."""
+        for published, average in zip(self._published, self._averages, strict=True):
+            published.copy_(average)
+        for own, source in self._exact:
+            own.copy_(source)
+        return take_snapshot(self._module, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data and tensors: the average, and how many steps are in it."""
+        tensors = dict(zip(self._sources, self._averages, strict=True)) if self.has_begun else {}
+        return {"num_steps": self._num_steps, "tensors": tensors}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self._num_steps = state["num_steps"]
+        tensors: Mapping[str, Tensor] = state["tensors"]
+        for name, average in zip(self._sources, self._averages, strict=True):
+            if name in tensors:
+                average.copy_(tensors[name])
