@@ -7,15 +7,21 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# What others are measured with: hivemind needs an older numpy.
+PEERS := .venv-peers
+PEERS_READY := $(PEERS)/.ready
 ARGS ?=
 
-.PHONY: demo test check bench clean help
+.PHONY: demo test fuzz check bench bench-peers clean help
 
 demo: $(READY) ## two sites codistil on real text, live; ends with a table and a report
 	$(BIN)/p2pcodistill simulate simulations/pair.toml $(ARGS)
 
 test: $(READY) ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(READY) ## a million mutated frames (ARGS="--num 50000 --seed 7" for others)
+	$(BIN)/python tests/fuzz_frames.py $(ARGS)
 
 check: $(READY) ## format, lint, types, layers
 	$(BIN)/ruff format --check .
@@ -26,11 +32,14 @@ check: $(READY) ## format, lint, types, layers
 bench: $(READY) ## the benchmarks, one JSON object a line
 	$(BIN)/python -m benchmarks $(ARGS)
 
-clean: ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+bench-peers: $(READY) $(PEERS_READY) ## the benchmark against hivemind, which gets a venv of its own
+	$(BIN)/python -m benchmarks exchange_vs_hivemind
+
+clean: ## remove .venv, .venv-peers and caches; runs/ stays
+	rm -rf $(VENV) $(PEERS) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" && $(PYTHON) -c $(SUPPORTED) || \
@@ -38,4 +47,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt $(PIP_ARGS) torch
 	$(BIN)/pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable '.[dev]'
+	@touch $@
+
+$(PEERS_READY): constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet $(PIP_ARGS) 'hivemind==1.1.12' 'numpy<2.3' "$$(grep '^torch==' constraints.txt)"
 	@touch $@

@@ -3,7 +3,14 @@
 import subprocess
 import sys
 
-BENCHMARKS = ("node_start", "exchange_overhead")
+BENCHMARKS = (
+    "node_start",
+    "exchange_overhead",
+    "codec_speed",
+    "exchange_100m",
+    "exchange_vs_hivemind",
+    "codec_quality",
+)
 
 
 def main(names: list[str]) -> int:

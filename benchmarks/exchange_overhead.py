@@ -10,39 +10,28 @@ over steps/s without.
 from __future__ import annotations
 
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import tomli_w
-
 from benchmarks.figure import print_figure
-from p2pcodistill.identity import Identity
+from benchmarks.site_pair import SITES, run_nodes, write_node_files
 
 NUM_PAIRS = 24
 BLOCK_STEPS = 50
 MIN_RATIO = 0.98
-SITES = ("berlin", "tokyo")
 
 
 def main() -> None:
     """Start both nodes, wait for their workers' measurements, print the figure."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_node_files(folder)
-        nodes = [start_node(folder, site) for site in SITES]
-        try:
-            statuses = [node.wait(timeout=1800) for node in nodes]
-        finally:
-            for node in nodes:
-                node.kill()
-        if any(statuses):
-            raise RuntimeError(f"a node failed: {statuses}\n" + (folder / "berlin.log").read_text())
+        # The worker counts only the steps of blocks with exchange: a snapshot is due in the middle of each.
+        codistillation = {"burn_in_steps": 0, "exchange_interval_steps": BLOCK_STEPS}
+        write_node_files(folder, "benchmarks.exchange_overhead", {"codistillation": codistillation})
+        run_nodes(folder, timeout_s=1800)
         results = [json.loads((folder / f"{site}.json").read_text()) for site in SITES]
     ratios = [ratio for result in results for ratio in result["ratios"]]
     value = statistics.median(ratios)
@@ -60,50 +49,6 @@ def main() -> None:
         num_swaps=[result["num_swaps"] for result in results],
         exchange_stall_ratio=round(max(result["stall_ratio"] for result in results), 5),
     )
-
-
-def write_node_files(folder: Path) -> None:
-    """A node file for each site, with the worker below as its training script."""
-    identities = {site: Identity.generate() for site in SITES}
-    sockets = {site: socket.create_server(("127.0.0.1", 0)) for site in SITES}
-    ports = {site: sock.getsockname()[1] for site, sock in sockets.items()}
-    for sock in sockets.values():
-        sock.close()
-    script = folder / "worker.py"
-    script.write_text("from benchmarks.exchange_overhead import worker\nworker()\n")
-    for index, site in enumerate(SITES):
-        identities[site].save(folder / f"{site}.key")
-        table = {
-            "name": site,
-            "listen": f"tcp://127.0.0.1:{ports[site]}",
-            "peers": [
-                {
-                    "name": s,
-                    "address": f"tcp://127.0.0.1:{ports[s]}",
-                    "public_identity": str(identities[s].public),
-                }
-                for s in SITES
-                if s != site
-            ],
-            "group": {
-                "script": str(script),
-                "script_arguments": [str(folder / f"{site}.json")],
-                "max_restarts": 0,
-            },
-            "training": {"seed": index},
-            # The worker counts only the steps of blocks with exchange: a snapshot is due in the middle of each.
-            "codistillation": {"burn_in_steps": 0, "exchange_interval_steps": BLOCK_STEPS},
-            "linger_s": 120.0,
-        }
-        (folder / f"{site}.toml").write_text(tomli_w.dumps(table))
-
-
-def start_node(folder: Path, site: str) -> subprocess.Popen[bytes]:
-    """A node process of that site, output to a log."""
-    command = [sys.executable, "-m", "p2pcodistill", "node", str(folder / f"{site}.toml")]
-    root = str(Path(__file__).parent.parent)
-    with (folder / f"{site}.log").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": root})
 
 
 def worker() -> None:

@@ -6,7 +6,10 @@ import json
 import os
 import platform
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 def print_figure(
@@ -28,3 +31,9 @@ def print_figure(
     line = {"figure": figure, "value": value, "unit": unit, "bound": bound, "holds": holds}
     line |= {"why": why} if why else {}
     print(json.dumps(line | {"measured_on": f"{on}; {machine}"} | details), flush=True)
+
+
+def file_system_of(folder: Path) -> str:
+    """The type of the file system that a folder is on, as in `ext4`."""
+    mounts = [part for part in psutil.disk_partitions(all=True) if folder.is_relative_to(part.mountpoint)]
+    return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else "an unknown file system"

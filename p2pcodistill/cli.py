@@ -40,6 +40,11 @@ examples:
 The first Ctrl-C lets the workers agree on a step, checkpoint and exit; a second one stops at once. The same
 command again goes on from the last training checkpoint.
 """
+_DECODE_EPILOG = """\
+examples:
+  p2pcodistill frame decode runs/run-berlin --origin tokyo --out tokyo.safetensors
+  p2pcodistill frame decode key.frame delta-1.frame delta-2.frame --out model.safetensors
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,7 +127,50 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--runs", metavar="FOLDER", type=Path, default=Path("runs"), help="default: runs")
     _add_set(simulate)
     simulate.set_defaults(call=_simulate)
+
+    frame = commands.add_parser(
+        "frame",
+        help="look into frames; turn stored ones into a safetensors file",
+        description="Frames are how checkpoints travel: a keyframe, then delta frames. These commands only read them.",
+    )
+    frame_commands = frame.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    inspect = frame_commands.add_parser(
+        "inspect",
+        help="print a frame's header, and what each tensor costs",
+        description="Print a frame's header, and for every tensor its encoding, its bytes, the ratio to fp16 and the share "
+        "of codes that are zero.",
+    )
+    inspect.add_argument("file", metavar="FILE", type=Path, help="a frame")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_max_bytes(inspect)
+    inspect.set_defaults(call=_inspect_frame)
+    decode = frame_commands.add_parser(
+        "decode",
+        help="write the checkpoint that frames lead to as a safetensors file",
+        description="Decode a chain of frames: a keyframe and the delta frames after it, or the newest checkpoint of a site "
+        "in a store.",
+        epilog=_DECODE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    decode.add_argument(
+        "files", metavar="FILE", nargs="+", type=Path, help="frames, in any order, or one run folder or store"
+    )
+    decode.add_argument(
+        "--out", metavar="FILE", type=Path, required=True, help="the safetensors file to write"
+    )
+    decode.add_argument("--origin", metavar="NAME", help="whose checkpoint, if FILE is a folder")
+    _add_max_bytes(decode)
+    decode.set_defaults(call=_decode_frames)
     return parser
+
+
+def _add_max_bytes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-bytes",
+        metavar="BYTES",
+        type=int,
+        help="refuse frames whose tensors are larger together (default: 1 GiB and 64 times the files' size)",
+    )
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
@@ -224,4 +272,20 @@ def _simulate(options: argparse.Namespace) -> int:
 
     return simulate(
         options.file, data=options.data or (), overrides=options.set, run_root=options.runs, stream=sys.stdout
+    )
+
+
+def _inspect_frame(options: argparse.Namespace) -> int:
+    from p2pcodistill import frame_tools
+
+    return frame_tools.inspect(
+        options.file, as_json=options.json, max_bytes=options.max_bytes, stream=sys.stdout
+    )
+
+
+def _decode_frames(options: argparse.Namespace) -> int:
+    from p2pcodistill import frame_tools
+
+    return frame_tools.decode(
+        options.files, options.out, origin=options.origin, max_bytes=options.max_bytes, stream=sys.stdout
     )

@@ -2,8 +2,9 @@
 
 It joins transport, gossip, store and link, supervises the site's workers, and has one TaskGroup and one shutdown path:
 
-    transport ──events──▶ gossip ──actions──▶ store, transport, link, event log
-    link      ──frames──▶ sign, store ──▶ gossip          link ──events──▶ event log
+    transport ──events──▶ gossip ──actions──▶ store, transport, link, event log   (actions.py)
+    link      ──frames──▶ sign, store ──▶ gossip                                  (publisher.py)
+    link      ──events──▶ event log
     workers   ──exit────▶ restart with back-off, or finish, linger, leave
 
 What arrives from a peer can be refused but cannot stop the node; whatever else goes wrong does stop it, and its workers.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import hashlib
 import os
 import secrets
@@ -22,27 +22,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from p2pcodistill.checkpoint.store import FrameStore, StoredFrame
+from p2pcodistill.actions import Performer
+from p2pcodistill.checkpoint.store import FrameStore
 from p2pcodistill.config import GroupSpec, NodeConfig
-from p2pcodistill.errors import MalformedError, OversizedError, RefusedError, RunFolderError
+from p2pcodistill.errors import MalformedError, RunFolderError
 from p2pcodistill.gossip import protocol as gossip
-from p2pcodistill.gossip.messages import Chunk, Gone, encode_message, lane_of
 from p2pcodistill.group.lifeline import adopt_orphans
 from p2pcodistill.group.link import (
+    ChainBroken,
     EventHappened,
-    FrameOffer,
-    FrameOffered,
     FrameReady,
     Joined,
     Left,
     NodeLink,
+    ReferenceReady,
     StopRequested,
     Welcome,
 )
 from p2pcodistill.group.supervise import StopSwitch, Supervisor, first_of
 from p2pcodistill.identity import Identity, PublicIdentity
 from p2pcodistill.publisher import Publisher
-from p2pcodistill.runfolder import RunFolder
+from p2pcodistill.runfolder import RunFolder, is_full_disk
 from p2pcodistill.telemetry import (
     EventLog,
     NodeStarted,
@@ -60,7 +60,6 @@ TICK_S = 1.0
 REFUSAL_INTERVAL_S = 1.0
 LAST_WORDS_TIMEOUT_S = 20.0
 MIN_TRAFFIC_BYTES = 4096
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +96,9 @@ class Node:
         self._task = config.task.located_in(base_folder)
         script = config.group.script and (base_folder / config.group.script).absolute()
         self._group_config = config.group.model_copy(update={"script": script})
-        self._store = FrameStore(self._folder.store, keys=self._keys)
+        self._store = FrameStore(self._folder.store, site=config.name, keys=self._keys)
         self._events = EventLog(self._folder.events, *([subscriber] if subscriber else []))
         self._link = NodeLink(self._folder.link_pointer)
-        stored = {member: frame for member in members if (frame := self._store.newest(member))}
         self._gossip = gossip.Gossip(
             site=config.name,
             run=config.run,
@@ -110,7 +108,8 @@ class Node:
             members_digest=gossip.members_digest(self._keys),
             topology_digest=self._topology.digest,
             incarnation=self._store.incarnation,
-            stored={member: frame.signed for member, frame in stored.items()},
+            held={name: chain[-1].version for name in self._teachers if (chain := self._store.chain(name))},
+            own_frames=[stored.signed for stored in self._store.frames(config.name)],
             pinned_schemas={m: pin for m in members if (pin := self._store.pinned_schema(m)) is not None},
             max_frame_bytes=config.max_frame_bytes,
         )
@@ -125,11 +124,18 @@ class Node:
             events=self._events,
             gossip_lock=self._gossip_lock,
             announce=lambda signed: self._feed_locked(gossip.FramePublished(signed)),
+            answer=self._link.send,
+        )
+        self._performer = Performer(
+            self._teachers,
+            store=self._store,
+            transport=self._transport,
+            link=self._link,
+            publisher=self._publisher,
+            events=self._events,
+            refusals=self._refusals,
         )
         self._ranks_left = asyncio.Event()
-        self._offered: dict[str, list[StoredFrame]] = {
-            origin: [frame] for origin, frame in stored.items() if origin in self._teachers
-        }
         self._gossip_moved = asyncio.Event()
         self._stop = StopSwitch(self._events)
         self._num_bytes_reported = 0
@@ -145,6 +151,7 @@ class Node:
             "task": config.task.model_dump(mode="json"),
             "training": config.training.model_dump(mode="json"),
             "codistillation": config.codistillation.model_dump(mode="json"),
+            "frames": config.frames.model_dump(mode="json"),
             "group": config.group.model_dump(
                 mode="json", include={"num_ranks", "script", "script_arguments"}
             ),
@@ -197,7 +204,7 @@ class Node:
         return outcome
 
     def _explain(self, error: BaseException) -> BaseException:
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        if isinstance(error, OSError) and is_full_disk(error):
             return RunFolderError(
                 f"the disk that holds {self._folder.path} is full: make room, then run the same command again; "
                 "what was complete is kept"
@@ -252,6 +259,7 @@ class Node:
             # Codistillation needs sites that start from different models (Anil et al. 2018, section 2).
             training=self._config.training.model_copy(update={"seed": self._site_seed()}),
             codistillation=self._config.codistillation,
+            frames=self._config.frames,
         )
 
     def _site_seed(self) -> int:
@@ -294,8 +302,7 @@ class Node:
             await self._feed(gossip.Ticked())
             self._refusals.flush(time.monotonic())
             self._report_traffic()
-            in_use = set(self._gossip.frames_in_use(time.monotonic()))
-            in_use.update(stored.signed.frame_id for kept in self._offered.values() for stored in kept)
+            in_use = self._gossip.frames_in_use(time.monotonic()) | self._performer.frames_on_offer()
             self._store.prune(keep_frame_ids=in_use)
 
     async def _feed(self, event: gossip.Event) -> None:
@@ -307,70 +314,8 @@ class Node:
         events = [event]
         while events:
             for action in self._gossip.handle(events.pop(0), time.monotonic()):
-                try:
-                    follow_up = await self._perform(action)
-                except OSError as error:
-                    follow_up = self._fetch_refused(action, error)
-                if follow_up is not None:
-                    events.append(follow_up)
+                events += await self._performer.perform(action)
         self._gossip_moved.set()
-
-    @staticmethod
-    def _fetch_refused(action: gossip.Action, error: OSError) -> gossip.Event:
-        """What no room on the disk means for a teacher's frame: training goes on with the teachers that there are."""
-        if error.errno not in _NO_ROOM:
-            raise error
-        match action:
-            case gossip.BeginFetch(signed):
-                frame_id = signed.frame_id
-            case gossip.StoreChunk(frame_id) | gossip.CompleteFrame(frame_id):
-                pass
-            case _:
-                raise error
-        return gossip.FetchRefused(frame_id, OversizedError.reason, f"no room for it: {error.strerror}")
-
-    async def _perform(self, action: gossip.Action) -> gossip.Event | None:
-        match action:
-            case gossip.SendPayload(peer, lane, payload):
-                self._transport.send(peer, lane, payload)
-            case gossip.BeginFetch(signed):
-                try:
-                    present = await asyncio.to_thread(self._store.begin, signed)
-                    return gossip.FetchBegun(signed.frame_id, present)
-                except RefusedError as error:
-                    return gossip.FetchRefused(signed.frame_id, error.reason, str(error))
-            case gossip.StoreChunk(frame_id, index, data):
-                self._store.put_chunk(frame_id, index, data)
-            case gossip.CompleteFrame(frame_id):
-                await asyncio.to_thread(self._store.complete, frame_id)
-                return gossip.FrameStored(frame_id)
-            case gossip.AbandonFrame(frame_id):
-                self._store.abandon(frame_id)
-            case gossip.ServeChunk(peer, frame_id, index):
-                served = self._store.read_chunk(frame_id, index)
-                answer = Gone(frame_id) if served is None else Chunk(frame_id, index, served)
-                self._transport.send(peer, lane_of(answer), encode_message(answer))
-                await asyncio.sleep(0)  # a want may ask for many
-            case gossip.PinSchema(origin, schema_hash):
-                self._store.pin_schema(origin, schema_hash)
-            case gossip.RaiseIncarnation(incarnation):
-                self._store.save_incarnation(incarnation)
-                renewed = await self._publisher.renew(incarnation)
-                return None if renewed is None else gossip.FramePublished(renewed)
-            case gossip.OfferFrame(signed):
-                stored = self._store.newest(signed.manifest.origin)
-                if stored is not None:
-                    # The ranks may still be reading the one before.
-                    self._offered[signed.manifest.origin] = [
-                        *self._offered.get(signed.manifest.origin, [])[-1:],
-                        stored,
-                    ]
-                    await self._link.send(FrameOffered(self._offer(stored)))
-            case gossip.Report(Refused() as refused):
-                self._refusals.note(refused.peer, refused.reason, refused.why, time.monotonic())
-            case gossip.Report(event):
-                self._events.write(event)
-        return None
 
     # --- the link --------------------------------------------------------------------------------------------------
 
@@ -383,27 +328,17 @@ class Node:
                 continue
             match message:
                 case Joined():
-                    await self._link.send(
-                        Welcome(tuple(self._offer(kept[-1]) for kept in self._offered.values()))
-                    )
+                    await self._link.send(Welcome(self._performer.offers()))
                     if self._stop.requested.is_set():
                         await self._link.send(StopRequested())
                 case EventHappened(record):
                     self._events.write_record(record)
-                case FrameReady():
+                case FrameReady() | ReferenceReady():
                     self._publisher.submit(message)
+                case ChainBroken() if self._performer.breaks(message):
+                    await self._feed(gossip.ChainBroken(message.origin))
                 case Left():
                     self._ranks_left.set()
-
-    def _offer(self, stored: StoredFrame) -> FrameOffer:
-        manifest = stored.signed.manifest
-        return FrameOffer(
-            origin=manifest.origin,
-            incarnation=manifest.version.incarnation,
-            step=manifest.version.step,
-            path=str(stored.path),
-            num_bytes=manifest.num_bytes,
-        )
 
     def _report_refusal(self, rejected: Rejected) -> None:
         self._events.write(Refused(rejected.peer, rejected.reason, rejected.why, rejected.num_times))

@@ -1,8 +1,10 @@
-"""From rank 0's encoded frames to announced ones: hash, sign, store, tell gossip. The newest frame wins.
+"""From rank 0's encoded frames to announced ones: hash, sign, store, tell gossip, one after the other and each answered.
 
-While one frame is being published a newer one waits; one that finds another waiting takes its place, so that a slow disk
-never makes what is published older and older. A frame is signed under the incarnation that holds when it is announced, and
-dropped when the launch that made it is over.
+A delta frame is only worth something on top of its base, so nothing is dropped or overtaken here; rank 0 waits for the
+answer before it encodes the next one, which bounds what lies in the outbox. A frame is signed under the incarnation that
+holds when it is announced, and dropped when the launch that made it is over.
+
+What the ranks made of a teacher's chain, one keyframe in its place, goes the same way, but only into the store.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ import asyncio
 import dataclasses
 import os
 import shutil
+from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from p2pcodistill.checkpoint.chain import worth_keeping
 from p2pcodistill.checkpoint.manifest import (
     DEFAULT_CHUNK_BYTES,
     Manifest,
@@ -24,13 +28,17 @@ from p2pcodistill.checkpoint.manifest import (
 )
 from p2pcodistill.checkpoint.store import FrameStore
 from p2pcodistill.errors import MalformedError, RefusedError
-from p2pcodistill.group.link import FrameReady
+from p2pcodistill.group.link import FrameReady, FrameTaken, ReferenceReady
 from p2pcodistill.identity import Identity
-from p2pcodistill.telemetry import EventLog, FramePublished, Refused, SnapshotSkipped
+from p2pcodistill.runfolder import is_full_disk
+from p2pcodistill.telemetry import EventLog, FramePublished, Refused
 
 
 class Publisher:
-    """This site's own frames. `announce` is called with `gossip_lock` held, right after a frame was stored."""
+    """This site's own frames. `announce` is called with `gossip_lock` held, right after a frame was stored.
+
+    `answer` tells rank 0 what became of each `FrameReady`.
+    """
 
     def __init__(
         self,
@@ -43,30 +51,30 @@ class Publisher:
         events: EventLog,
         gossip_lock: asyncio.Lock,
         announce: Callable[[SignedManifest], Awaitable[None]],
+        answer: Callable[[FrameTaken], Awaitable[None]],
     ) -> None:
         self._site, self._run = site, run
         self._identity, self._store, self._outbox, self._events = identity, store, outbox, events
-        self._gossip_lock, self._announce = gossip_lock, announce
-        self._waiting: FrameReady | None = None
+        self._gossip_lock, self._announce, self._answer = gossip_lock, announce, answer
+        self._waiting: deque[FrameReady | ReferenceReady] = deque()
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._launch = 0
+        self._last: Version | None = None
+        """What this launch's newest frame was published as: the only version that a delta frame can build on."""
 
     def begin_launch(self) -> None:
         """The ranks of another launch will publish from now on: what the last one left is dropped."""
         self._launch += 1
-        self._waiting = None
+        self._last = None
+        self._waiting.clear()
         for leftover in self._outbox.iterdir():
             leftover.unlink()
 
-    def submit(self, ready: FrameReady) -> None:
+    def submit(self, ready: FrameReady | ReferenceReady) -> None:
         """Take a frame that rank 0 has put into the outbox."""
-        if self._waiting is not None:
-            (self._outbox / Path(self._waiting.path).name).unlink(missing_ok=True)
-            why = f"the node was busy until step {ready.step}"
-            self._events.write(SnapshotSkipped(step=self._waiting.step, why=why))
-        self._waiting = ready
+        self._waiting.append(ready)
         self._idle.clear()
         self._work.set()
 
@@ -79,66 +87,119 @@ class Publisher:
         while True:
             await self._work.wait()
             self._work.clear()
-            ready, self._waiting = self._waiting, None
-            if ready is not None:
-                path = self._outbox / Path(ready.path).name
-                try:
-                    await self._publish(ready, path)
-                except RefusedError as error:
-                    path.unlink(missing_ok=True)
-                    self._events.write(Refused(peer=None, reason=error.reason, why=str(error)))
-            if self._waiting is None:
-                self._idle.set()
+            while self._waiting:
+                await self._take(self._waiting.popleft())
+            self._idle.set()
 
-    async def _publish(self, ready: FrameReady, path: Path) -> None:
+    async def _take(self, ready: FrameReady | ReferenceReady) -> None:
         launch = self._launch
-        if not path.exists():
-            raise MalformedError(f"the ranks announced {path.name}, which is not in the outbox")
+        path = self._outbox / Path(ready.path).name
+        try:
+            if not path.exists():
+                raise MalformedError(f"the ranks announced {path.name}, which is not in the outbox")
+            if isinstance(ready, ReferenceReady):
+                await self._keep(ready, path)
+            else:
+                await self._publish(ready, path, launch)
+            accepted = True
+        except FileNotFoundError:
+            if launch == self._launch:
+                raise
+            return  # dropped with the launch that made it
+        except RefusedError as error:
+            accepted = False
+            path.unlink(missing_ok=True)
+            self._events.write(Refused(peer=None, reason=error.reason, why=str(error)))
+        if isinstance(ready, FrameReady) and launch == self._launch:
+            await self._answer(FrameTaken(ready.step, ready.base_step, accepted))
+
+    async def _publish(self, ready: FrameReady, path: Path, launch: int) -> None:
         digests = await asyncio.to_thread(digest_chunks, path, DEFAULT_CHUNK_BYTES)
         async with self._gossip_lock:  # the incarnation stays what it is until the frame is announced
             if launch != self._launch:
                 return
-            manifest = Manifest(
-                run=self._run,
-                origin=self._site,
-                version=Version(self._store.incarnation, ready.step),
-                kind=ready.kind,
-                codec=ready.codec,
-                schema_hash=ready.schema_hash,
-                num_fp16_bytes=ready.num_fp16_bytes,
-                num_bytes=path.stat().st_size,
-                chunk_bytes=DEFAULT_CHUNK_BYTES,
-                chunk_digests=digests,
-            )
-            signed = sign_manifest(manifest, self._identity)
+            if ready.base_step is not None and (self._last is None or self._last.step != ready.base_step):
+                raise MalformedError(
+                    f"a delta frame builds on step {ready.base_step}, which is not the last one published"
+                )
+            version = Version(self._store.incarnation, ready.step)
+            base = None if ready.base_step is None else self._last
+            signed = self._sign(ready, path, digests, origin=self._site, version=version, base=base)
             await asyncio.to_thread(self._store.adopt, signed, path)
+            self._last = version
             self._events.write(
                 FramePublished(
-                    incarnation=manifest.version.incarnation,
-                    step=manifest.version.step,
-                    num_bytes=manifest.num_bytes,
-                    num_fp16_bytes=manifest.num_fp16_bytes,
+                    incarnation=version.incarnation,
+                    step=version.step,
+                    kind=signed.manifest.kind,
+                    num_bytes=signed.manifest.num_bytes,
+                    num_fp16_bytes=signed.manifest.num_fp16_bytes,
                 )
             )
             await self._announce(signed)
 
-    async def renew(self, incarnation: int) -> SignedManifest | None:
-        """The newest own frame, stored again under `incarnation`; None if there is none. With `gossip_lock` held."""
-        newest = self._store.newest(self._site)
-        if newest is None:
-            return None
-        manifest = newest.signed.manifest
-        copy = self._outbox / f"{newest.signed.frame_id}.again"
-        try:
-            os.link(newest.path, copy)
-        except OSError:  # a file system without hard links
-            await asyncio.to_thread(shutil.copyfile, newest.path, copy)
-        renewed = dataclasses.replace(manifest, version=Version(incarnation, manifest.version.step))
-        signed = sign_manifest(renewed, self._identity)
-        try:
-            await asyncio.to_thread(self._store.adopt, signed, copy)
-        except RefusedError as error:  # the store has no room for both; the next frame will be announced
-            copy.unlink(missing_ok=True)
-            self._events.write(Refused(peer=None, reason=error.reason, why=str(error)))
-            return None
-        return signed
+    async def _keep(self, ready: ReferenceReady, path: Path) -> None:
+        """Put a keyframe of a teacher's checkpoint into the store, unless its chain has moved past that one by now."""
+        version = Version(ready.incarnation, ready.step)
+        digests = await asyncio.to_thread(digest_chunks, path, DEFAULT_CHUNK_BYTES)
+        async with self._gossip_lock:  # the chain stays what it is
+            chain = self._store.chain(ready.origin)
+            if version not in [stored.version for stored in chain]:
+                path.unlink(missing_ok=True)
+                return
+            signed = self._sign(ready, path, digests, origin=ready.origin, version=version, base=None)
+            try:
+                await asyncio.to_thread(self._store.adopt, signed, path)
+            except OSError as error:
+                if not is_full_disk(error):
+                    raise
+                path.unlink(missing_ok=True)  # the chain itself does for a while
+
+    def _sign(
+        self,
+        ready: FrameReady | ReferenceReady,
+        path: Path,
+        digests: tuple[bytes, ...],
+        *,
+        origin: str,
+        version: Version,
+        base: Version | None,
+    ) -> SignedManifest:
+        manifest = Manifest(
+            run=self._run,
+            origin=origin,
+            version=version,
+            base=base,
+            codec=ready.codec,
+            schema_hash=ready.schema_hash,
+            num_fp16_bytes=ready.num_fp16_bytes,
+            num_bytes=path.stat().st_size,
+            chunk_bytes=DEFAULT_CHUNK_BYTES,
+            chunk_digests=digests,
+        )
+        return sign_manifest(manifest, self._identity)
+
+    async def renew(self, incarnation: int) -> list[SignedManifest]:
+        """The own frames worth keeping, stored again under `incarnation`, oldest first. With `gossip_lock` held."""
+        renewed: list[SignedManifest] = []
+        for stored in worth_keeping(self._store.frames(self._site)):
+            copy = self._outbox / f"{stored.signed.frame_id}.again"
+            try:
+                os.link(stored.path, copy)
+            except OSError:  # a file system without hard links
+                await asyncio.to_thread(shutil.copyfile, stored.path, copy)
+            version = Version(incarnation, stored.version.step)
+            base = stored.base and Version(incarnation, stored.base.step)
+            again = dataclasses.replace(stored.signed.manifest, version=version, base=base)
+            signed = sign_manifest(again, self._identity)
+            try:
+                await asyncio.to_thread(self._store.adopt, signed, copy)
+            except RefusedError as error:  # the store has no room for both; a new chain will be announced
+                copy.unlink(missing_ok=True)
+                self._last = None
+                self._events.write(Refused(peer=None, reason=error.reason, why=str(error)))
+                return renewed
+            renewed.append(signed)
+        if self._last is not None:
+            self._last = Version(incarnation, self._last.step)
+        return renewed

@@ -15,12 +15,20 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 from pathlib import Path
 from typing import Any
 
 from p2pcodistill.errors import RunFolderError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_full_disk(error: OSError) -> bool:
+    """Whether there is no room left, on the disk or in what may be used of it."""
+    return error.errno in _NO_ROOM
 
 
 class RunFolder:
@@ -49,10 +57,6 @@ class RunFolder:
             self._check_description(description)
             for folder in (self.outbox, self.training):
                 folder.mkdir(exist_ok=True)
-            for (
-                leftover
-            ) in self.outbox.iterdir():  # never taken by a node that was killed; training re-encodes it
-                leftover.unlink()
         except BaseException:
             self._lock.close()
             raise

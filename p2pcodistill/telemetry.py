@@ -120,12 +120,13 @@ class VersionAnnounced(Event):
 @_event
 @dataclass(frozen=True, slots=True)
 class FrameFetched(Event):
-    """A frame is complete, verified and stored. `num_resent_bytes` arrived more than once."""
+    """A frame (`kind`: keyframe or delta) is complete, verified and stored. `num_resent_bytes` arrived more than once."""
 
     name: ClassVar[str] = "frame-fetched"
     origin: str
     incarnation: int
     step: int
+    kind: str
     num_bytes: int
     num_resent_bytes: int
     duration_s: float
@@ -134,11 +135,15 @@ class FrameFetched(Event):
 @_event
 @dataclass(frozen=True, slots=True)
 class FramePublished(Event):
-    """This site's checkpoint was encoded, signed, stored and announced. `num_fp16_bytes`: the same tensors as raw fp16."""
+    """This site's frame was encoded, signed, stored and told to gossip. `num_fp16_bytes`: the same tensors as raw fp16.
+
+    `kind` is keyframe or delta. A keyframe may have the step of the delta before it: made because a student needed one.
+    """
 
     name: ClassVar[str] = "frame-published"
     incarnation: int
     step: int
+    kind: str
     num_bytes: int
     num_fp16_bytes: int
 
@@ -248,7 +253,7 @@ class TeacherRefused(Event):
 @_event
 @dataclass(frozen=True, slots=True)
 class SnapshotSkipped(Event):
-    """An exchange was due and nothing was published. `why`: the encoder was still busy, or weights are not finite."""
+    """An exchange was due and nothing was published. `why`: encoder or node were busy, or weights are not finite."""
 
     name: ClassVar[str] = "snapshot-skipped"
     step: int

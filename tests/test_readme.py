@@ -11,6 +11,7 @@ import pytest
 
 from p2pcodistill.config import (
     CodistillationConfig,
+    FramesConfig,
     GroupConfig,
     LanguageModelConfig,
     NodeConfig,
@@ -29,8 +30,9 @@ SECTIONS = {
     "[task]": LanguageModelConfig,
     "[training]": TrainingConfig,
     "[codistillation]": CodistillationConfig,
+    "[frames]": FramesConfig,
 }
-TABLES = {"group", "task", "training", "codistillation"}
+TABLES = {"group", "task", "training", "codistillation", "frames"}
 
 
 def configuration_reference() -> list[str]:

@@ -1,9 +1,11 @@
 """Run folders: one node at a time, one configuration, nothing lost."""
 
+import errno
+
 import pytest
 
 from p2pcodistill.errors import RunFolderError
-from p2pcodistill.runfolder import RunFolder
+from p2pcodistill.runfolder import RunFolder, is_full_disk
 
 DESCRIPTION = {"run": "pair", "training": {"num_steps": 2000}}
 
@@ -41,13 +43,9 @@ def test_a_damaged_description_is_not_overwritten(tmp_path):
     assert (folder.path / "config.json").read_text() == "{"
 
 
-def test_frames_that_a_killed_node_never_took_are_cleared(tmp_path):
-    folder = RunFolder(tmp_path / "run", DESCRIPTION)
-    (folder.outbox / "50.frame").write_bytes(b"x")
-    folder.close()
-    again = RunFolder(tmp_path / "run", DESCRIPTION)
-    assert list(again.outbox.iterdir()) == []
-    again.close()
+def test_only_a_lack_of_room_is_a_full_disk():
+    assert is_full_disk(OSError(errno.ENOSPC, "No space left on device"))
+    assert not is_full_disk(OSError(errno.EIO, "Input/output error"))
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -61,11 +61,11 @@ def decode_frame(frame: bytes | memoryview, base: Reference | None, *, max_bytes
 
 
 def read_codes(frame: bytes | memoryview, *, max_bytes: int) -> Iterator[tuple[TensorEntry, Tensor, Tensor]]:
-    """(entry, symbols, bf16 scales) of each tensor that `frame` has as few-bit codes; for looking into frames."""
+    """(entry, symbols, bf16 scales) of each tensor that `frame` has as few-bit codes, and that is not empty; to look into it."""
     view = memoryview(frame).cast("B")
     header = read_header(view, max_bytes=max_bytes)
     for entry, pieces in read_pieces(view, header):
-        if entry.encoding in ALPHABETS:
+        if entry.encoding in ALPHABETS and pieces:
             parts = list(_read_segments(entry, pieces, ALPHABETS[entry.encoding]))
             yield (
                 entry,

@@ -2,10 +2,11 @@
 
 A manifest's *body* is one msgpack array in fixed order, its first element the format version:
 
-    [1, run, origin, incarnation, step, kind, codec,
+    [2, run, origin, incarnation, step, base_incarnation, base_step, codec,
      schema_hash, num_fp16_bytes, num_bytes, chunk_bytes, digests]
 
-`schema_hash` is 32 bytes, `digests` the concatenated SHA-256 of the chunks in order. The origin signs
+The base is the version that a delta frame is applied to; both its fields are nil for a keyframe. `schema_hash`
+is 32 bytes, `digests` the concatenated SHA-256 of the chunks in order. The origin signs
 `SIGNATURE_DOMAIN + body` with its Ed25519 key; the SHA-256 of the body names the frame everywhere. What is
 verified, kept and passed on is the body as it was received, never a re-encoding of it.
 
@@ -18,15 +19,15 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgpack
 
 from p2pcodistill.errors import MalformedError, OversizedError
 from p2pcodistill.identity import Identity, PublicIdentity
 
-FORMAT_VERSION = 1
-SIGNATURE_DOMAIN = b"p2pcodistill manifest 1\0"
-KINDS = frozenset({"keyframe"})
+FORMAT_VERSION = 2
+SIGNATURE_DOMAIN = b"p2pcodistill manifest 2\0"
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 MAX_NAME_CHARS = 64
@@ -40,7 +41,7 @@ MAX_MANIFEST_BYTES = 2 * 1024**2 + 4096
 """Room for 65,536 digests and everything else: frames of 16 GiB in chunks of DEFAULT_CHUNK_BYTES, of 64 GiB in chunks of
 1 MiB or more."""
 
-_NUM_FIELDS = 12
+_NUM_FIELDS = 13
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -65,7 +66,8 @@ class Manifest:
     run: str
     origin: str
     version: Version
-    kind: str
+    base: Version | None
+    """What a delta frame is applied to: a lower version, perhaps of an earlier incarnation. None: this is a keyframe."""
     codec: str
     schema_hash: bytes
     num_fp16_bytes: int
@@ -75,17 +77,15 @@ class Manifest:
     chunk_digests: tuple[bytes, ...]
 
     def __post_init__(self) -> None:
-        for field, text in (
-            ("run", self.run),
-            ("origin", self.origin),
-            ("kind", self.kind),
-            ("codec", self.codec),
-        ):
+        for field, text in (("run", self.run), ("origin", self.origin), ("codec", self.codec)):
             _check_name(field, text)
-        if self.kind not in KINDS:
-            raise MalformedError(f"a manifest's kind is {self.kind!r}, which this version does not know")
         _check_int("incarnation", self.version.incarnation, 0, MAX_COUNTER)
         _check_int("step", self.version.step, 0, MAX_COUNTER)
+        if self.base is not None:
+            _check_int("base incarnation", self.base.incarnation, 0, MAX_COUNTER)
+            _check_int("base step", self.base.step, 0, MAX_COUNTER)
+            if self.base >= self.version:
+                raise MalformedError("a manifest's base must be a lower version than its own")
         _check_digest("schema_hash", self.schema_hash)
         _check_int("num_fp16_bytes", self.num_fp16_bytes, 0, MAX_COUNTER)
         _check_int("num_bytes", self.num_bytes, 1, MAX_FRAME_BYTES)
@@ -98,6 +98,11 @@ class Manifest:
             )
         for digest in self.chunk_digests:
             _check_digest("a chunk's digest", digest)
+
+    @property
+    def kind(self) -> Literal["keyframe", "delta"]:
+        """What sort of frame it is."""
+        return "keyframe" if self.base is None else "delta"
 
     @property
     def num_chunks(self) -> int:
@@ -119,7 +124,8 @@ class Manifest:
             self.origin,
             self.version.incarnation,
             self.version.step,
-            self.kind,
+            None if self.base is None else self.base.incarnation,
+            None if self.base is None else self.base.step,
             self.codec,
             self.schema_hash,
             self.num_fp16_bytes,
@@ -158,16 +164,16 @@ class Manifest:
             )
         if len(fields) != _NUM_FIELDS:
             raise MalformedError(f"a manifest has {len(fields)} fields instead of {_NUM_FIELDS}")
-        _, run, origin, incarnation, step, kind, codec, schema, num_fp16, num_bytes, chunk_bytes, digests = (
-            fields
-        )
+        _, run, origin, incarnation, step, base_incarnation, base_step, codec, *sizes_and_hashes = fields
+        schema, num_fp16, num_bytes, chunk_bytes, digests = sizes_and_hashes
+        is_keyframe = base_incarnation is None and base_step is None
         if type(digests) is not bytes or len(digests) % DIGEST_BYTES:
             raise MalformedError(f"a manifest's digests must be bytes, {DIGEST_BYTES} for each chunk")
         return cls(
             run=run,
             origin=origin,
             version=Version(incarnation, step),
-            kind=kind,
+            base=None if is_keyframe else Version(base_incarnation, base_step),
             codec=codec,
             schema_hash=schema,
             num_fp16_bytes=num_fp16,
@@ -186,6 +192,21 @@ class SignedManifest:
     manifest: Manifest
     body: bytes
     signature: bytes
+
+    @property
+    def version(self) -> Version:
+        """The manifest's version."""
+        return self.manifest.version
+
+    @property
+    def base(self) -> Version | None:
+        """The manifest's base."""
+        return self.manifest.base
+
+    @property
+    def num_bytes(self) -> int:
+        """The frame's size."""
+        return self.manifest.num_bytes
 
     @property
     def frame_id(self) -> str:

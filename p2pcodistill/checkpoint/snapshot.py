@@ -27,9 +27,9 @@ TensorSpec: TypeAlias = tuple[str, str, tuple[int, ...]]
 class Snapshot:
     """A model after `step` updates.
 
-    `tensors` are contiguous CPU copies of their own, in the order of the model's state dict; `aliases` maps the name of
-    a tied tensor to the name under which its values travel; `buffers` are those names in `tensors` that are no
-    parameters.
+    `tensors` are contiguous copies of their own, on the CPU unless asked otherwise, in the order of the model's state dict;
+    `aliases` maps the name of a tied tensor to the name under which its values travel; `buffers` are those names in
+    `tensors` that are no parameters.
     """
 
     step: int
@@ -48,10 +48,11 @@ class Snapshot:
         return sum(tensor.numel() * _fp16_itemsize(tensor.dtype) for tensor in self.tensors.values())
 
 
-def take_snapshot(model: nn.Module, step: int) -> Snapshot:
+def take_snapshot(model: nn.Module, step: int, *, on_device: bool = False) -> Snapshot:
     """Copy `model`'s parameters and persistent buffers, once each, after `step` updates.
 
-    `model` may be plain, wrapped in DDP, compiled, or on an accelerator. Later updates do not alter the snapshot. Raises
+    `model` may be plain, wrapped in DDP, compiled, or on an accelerator, where the copies stay if they are to be
+    `on_device`: they may still be under way then on the current stream. Later updates do not alter the snapshot. Raises
     TypeError when its state holds anything but tensors (`get_extra_state`): that could only travel as a pickle.
     """
     parameters = {_identity(parameter) for parameter in model.parameters()}
@@ -71,7 +72,9 @@ def take_snapshot(model: nn.Module, step: int) -> Snapshot:
         first_name[identity] = name
         if identity not in parameters:
             buffers.add(name)
-        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        tensors[name] = value.detach().to(
+            value.device if on_device else "cpu", copy=True, memory_format=torch.contiguous_format
+        )
     return Snapshot(step, tensors, aliases, frozenset(buffers))
 
 

@@ -7,9 +7,13 @@
     *.tmp                            any of these being written; worthless after a crash
 
 A frame counts as complete from the rename of its file on, and its manifest is durable before that. So a crash
-between any two writes leaves the last complete version readable, and at most files that belong to nothing;
+between any two writes leaves the last complete chain readable, and at most files that belong to nothing;
 opening the store removes those. Chunks are written without fsync: what a partial frame really holds after a
 crash is found out by hashing it.
+
+Of every teacher the store keeps the shortest chain that leads to the newest version it can reach (see `chain`). A
+*local keyframe* is a teacher's reference that this site's own ranks encoded anew, so that a long chain need not be
+kept: its manifest names the teacher as origin, but bears this site's signature, and it is never announced or served.
 
 Readers elsewhere may map a `.frame` file; pruning it does not disturb them. This module is part of the byte
 plane and imports neither torch nor numpy.
@@ -29,12 +33,14 @@ from pathlib import Path
 
 import msgpack
 
+from p2pcodistill.checkpoint.chain import reachable, shortest_chain
 from p2pcodistill.checkpoint.manifest import (
     DIGEST_BYTES,
     MAX_FRAME_BYTES,
     MAX_MANIFEST_BYTES,
     Manifest,
     SignedManifest,
+    Version,
     digest_chunks,
     verify_manifest,
 )
@@ -44,6 +50,7 @@ from p2pcodistill.errors import (
     OversizedError,
     RefusedError,
     RunFolderError,
+    SignatureError,
     UnknownPeerError,
 )
 from p2pcodistill.identity import SIGNATURE_BYTES, PublicIdentity
@@ -59,6 +66,21 @@ class StoredFrame:
 
     signed: SignedManifest
     path: Path
+
+    @property
+    def version(self) -> Version:
+        """The manifest's version."""
+        return self.signed.version
+
+    @property
+    def base(self) -> Version | None:
+        """The manifest's base."""
+        return self.signed.base
+
+    @property
+    def num_bytes(self) -> int:
+        """The frame's size."""
+        return self.signed.num_bytes
 
 
 @dataclass(slots=True)
@@ -80,15 +102,18 @@ class FrameStore:
         self,
         folder: Path,
         *,
+        site: str,
         keys: Mapping[str, PublicIdentity],
         max_bytes: int = DEFAULT_MAX_STORE_BYTES,
     ) -> None:
         """Open the store in `folder` (made if missing): verify every frame by hash, remove what a crash left.
 
-        `keys` names the members whose frames are kept; `max_bytes` bounds complete plus partial frames.
+        `keys` names the members whose frames are kept, `site` among them; `max_bytes` bounds complete plus
+        partial frames.
         Raises RunFolderError when `site.json` is damaged, OSError when the folder cannot be used.
         """
         self._folder = folder
+        self._site = site
         self._frames_folder = folder / "frames"
         self._manifests_folder = folder / "manifests"
         self._max_bytes = max_bytes
@@ -137,7 +162,8 @@ class FrameStore:
     # --- writing frames ----------------------------------------------------------------------------------------------
 
     def adopt(self, signed: SignedManifest, source: Path) -> StoredFrame:
-        """Move this site's own encoded frame in: rename it, or copy it from another file system.
+        """Move a frame in that this site's ranks encoded, its own or a local keyframe: rename it, or copy it from
+        another file system.
 
         Raises ChecksumError when the file's size is not the manifest's, OversizedError when there is no room
         for it under the store's cap, OSError. `source` is gone afterwards, and may be gone after an OSError.
@@ -247,27 +273,46 @@ class FrameStore:
                 return None
             return data
 
-    def newest(self, origin: str) -> StoredFrame | None:
-        """The complete frame of `origin` with the highest version."""
+    def frames(self, origin: str) -> tuple[StoredFrame, ...]:
+        """The complete frames of `origin` by version, local keyframes included; of one version the delta frame first."""
         with self._lock:
-            return self._newest().get(origin)
+            return tuple(self._frames(origin))
 
-    def prune(self, *, keep_frame_ids: Collection[str]) -> None:
-        """Remove what is superseded: complete frames but the newest of each origin, and partial ones of an
-        earlier life that are no newer than it. Frames in `keep_frame_ids` and frames being fetched stay.
+    def chain(self, origin: str) -> tuple[StoredFrame, ...]:
+        """The frames that lead from nothing to the highest version of `origin` that can be reached, for the fewest
+        bytes; oldest first, () when no keyframe is there.
         """
         with self._lock:
-            newest = self._newest()
-            for frame_id, stored in list(self._complete.items()):
-                if frame_id not in keep_frame_ids and stored is not newest[stored.signed.manifest.origin]:
-                    self._unlink(frame_id)
-                    del self._complete[frame_id]
+            return tuple(self._chain(origin))
+
+    def prune(self, *, keep_frame_ids: Collection[str]) -> None:
+        """Remove what is superseded. Frames in `keep_frame_ids` and frames being fetched stay, and besides them
+
+        - of another member: its `chain`, and what is newer than that and may become part of it,
+        - of this site: what is at least as new as its newest frame in `keep_frame_ids`, because it was adopted just now,
+        - partial frames of an earlier life that are newer than their origin's chain.
+        """
+        with self._lock:
+            origins = {stored.signed.manifest.origin for stored in self._complete.values()}
+            kept = {
+                frame_id for origin in sorted(origins) for frame_id in self._needed(origin, keep_frame_ids)
+            }
+            for frame_id in [frame_id for frame_id in self._complete if frame_id not in kept]:
+                self._unlink(frame_id)
+                del self._complete[frame_id]
             for frame_id, signed in list(self._leftovers.items()):
-                complete = newest.get(signed.manifest.origin)
-                superseded = complete and complete.signed.manifest.version >= signed.manifest.version
-                if superseded and frame_id not in keep_frame_ids:
+                held = reachable(self._frames(signed.manifest.origin))
+                if held is not None and held >= signed.version and frame_id not in keep_frame_ids:
                     self._unlink(frame_id)
                     del self._leftovers[frame_id]
+
+    def drop(self, origin: str) -> None:
+        """Forget all complete frames of `origin`: its chain turned out to be broken."""
+        with self._lock:
+            # Keyframes first: after a crash between any two of these nothing that is left looks like a chain.
+            for stored in sorted(self._frames(origin), key=lambda stored: stored.base is not None):
+                self._unlink(stored.signed.frame_id)
+                del self._complete[stored.signed.frame_id]
 
     def close(self) -> None:
         """Close the partial frames' files; what they hold stays for the next life. May be called twice."""
@@ -286,14 +331,29 @@ class FrameStore:
     def _manifest_path(self, frame_id: str) -> Path:
         return self._manifests_folder / f"{frame_id}.manifest"
 
-    def _newest(self) -> dict[str, StoredFrame]:
-        newest: dict[str, StoredFrame] = {}
-        for stored in self._complete.values():
-            manifest = stored.signed.manifest
-            rival = newest.get(manifest.origin)
-            if rival is None or manifest.version > rival.signed.manifest.version:
-                newest[manifest.origin] = stored
-        return newest
+    def _frames(self, origin: str) -> list[StoredFrame]:
+        frames = [stored for stored in self._complete.values() if stored.signed.manifest.origin == origin]
+        return sorted(
+            frames, key=lambda stored: (stored.version, stored.base is None, stored.signed.frame_id)
+        )
+
+    def _chain(self, origin: str) -> list[StoredFrame]:
+        return shortest_chain(self._frames(origin))
+
+    def _needed(self, origin: str, keep_frame_ids: Collection[str]) -> set[str]:
+        """The frames of `origin` that `prune` keeps."""
+        frames = self._frames(origin)
+        kept = [stored for stored in frames if stored.signed.frame_id in keep_frame_ids]
+        if origin == self._site:
+            newest = kept[-1].version if kept else None
+            kept += [stored for stored in frames if newest is None or stored.version >= newest]
+        else:
+            chain = self._chain(origin)
+            kept += [
+                *chain,
+                *(stored for stored in frames if not chain or stored.version > chain[-1].version),
+            ]
+        return {stored.signed.frame_id for stored in kept}
 
     def _check_room(self, num_bytes: int) -> None:
         held = [stored.signed for stored in self._complete.values()]
@@ -381,7 +441,7 @@ class FrameStore:
         for path in sorted(self._manifests_folder.iterdir()):
             frame_id = path.stem
             try:
-                signed = _read_manifest(path, keys)
+                signed = _read_manifest(path, keys, self._site)
             except RefusedError:
                 continue
             if path != self._manifest_path(signed.frame_id):
@@ -402,8 +462,8 @@ class FrameStore:
                 path.unlink()
 
 
-def _read_manifest(path: Path, keys: Mapping[str, PublicIdentity]) -> SignedManifest:
-    """The manifest in `path`, verified under its origin's key. Raises a RefusedError, or OSError."""
+def _read_manifest(path: Path, keys: Mapping[str, PublicIdentity], site: str) -> SignedManifest:
+    """The manifest in `path`, verified under its origin's key, or as a local keyframe. Raises a RefusedError, or OSError."""
     with path.open("rb") as file:
         raw = file.read(_MAX_MANIFEST_FILE_BYTES + 1)
     if len(raw) > _MAX_MANIFEST_FILE_BYTES:
@@ -414,10 +474,15 @@ def _read_manifest(path: Path, keys: Mapping[str, PublicIdentity]) -> SignedMani
         raise MalformedError(f"{path} is not a stored manifest") from None
     if type(body) is not bytes or type(signature) is not bytes:
         raise MalformedError(f"{path} is not a stored manifest")
-    origin = Manifest.from_bytes(body).origin  # names the key to verify with; nothing else is used unverified
-    if origin not in keys:
-        raise UnknownPeerError(f"{path} belongs to {origin!r}, which is not a member")
-    return verify_manifest(body, signature, keys[origin])
+    claimed = Manifest.from_bytes(body)  # names the key to verify with; nothing else is used unverified
+    if claimed.origin not in keys:
+        raise UnknownPeerError(f"{path} belongs to {claimed.origin!r}, which is not a member")
+    try:
+        return verify_manifest(body, signature, keys[claimed.origin])
+    except SignatureError:
+        if claimed.base is not None:
+            raise
+        return verify_manifest(body, signature, keys[site])
 
 
 def _find_chunks(descriptor: int, manifest: Manifest) -> set[int]:

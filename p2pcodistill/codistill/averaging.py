@@ -51,13 +51,13 @@ class WeightAverage:
         torch._foreach_lerp_(self._averages, sources, max(1 - self._decay, 1 / self._num_steps))
 
     @torch.no_grad()
-    def take_snapshot(self, step: int) -> Snapshot:
+    def take_snapshot(self, step: int, *, on_device: bool = False) -> Snapshot:
         """As `checkpoint.snapshot.take_snapshot` of the model, with its average in place of its parameters."""
         for published, average in zip(self._published, self._averages, strict=True):
             published.copy_(average)
         for own, source in self._exact:
             own.copy_(source)
-        return take_snapshot(self._module, step)
+        return take_snapshot(self._module, step, on_device=on_device)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data and tensors: the average, and how many steps are in it."""

@@ -56,7 +56,8 @@ class Codistiller:
     `exchange` is None for a student on its own. `teachers` maps each neighbour that teaches this student to its weight;
     `num_students` neighbours learn from it, and with none it publishes nothing.
     `forward` runs the model for stateful teachers (see `teachers.Forward`). `process_group` is a gloo group of all ranks;
-    by default one is made where torch.distributed is initialised with more than one rank.
+    by default one is made where torch.distributed is initialised with more than one rank. `snapshots_on_device` leaves what
+    is published where the model is (see `config.FramesConfig.device`).
 
     Memory: one copy of the model a teacher, a smaller one in a lower `teacher_precision`; with `teacher_average_decay`, one
     for the average on rank 0. On the host, the exchange has the fp16 reference of each chain beside that.
@@ -72,12 +73,14 @@ class Codistiller:
         num_students: int = 1,
         forward: Forward | None = None,
         process_group: dist.ProcessGroup | None = None,
+        snapshots_on_device: bool = False,
     ) -> None:
         has_ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if process_group is None and exchange is not None and has_ranks:
             process_group = dist.new_group(backend="gloo")
         self._model = unwrap(model)
         self._config = config
+        self._snapshots_on_device = snapshots_on_device
         self._exchange = exchange
         self._bank = TeacherBank(
             self._model,
@@ -229,9 +232,9 @@ class Codistiller:
         if self._exchange is None or not self._publishes or self._published_step == self._num_steps:
             return
         if self._average is not None and self._average.has_begun:
-            snapshot = self._average.take_snapshot(self._num_steps)
+            snapshot = self._average.take_snapshot(self._num_steps, on_device=self._snapshots_on_device)
         else:
-            snapshot = take_snapshot(self._model, self._num_steps)
+            snapshot = take_snapshot(self._model, self._num_steps, on_device=self._snapshots_on_device)
         self._exchange.publish(snapshot)
         self._published_step = self._num_steps
 

@@ -174,7 +174,9 @@ class _MemoryExchange:
             self._board.put(self._student, keyframe, sink.getvalue())
 
     def inbox(self) -> Inbox:
-        self._offered = {teacher: frames for teacher in self._teachers if (frames := self._board.frames(teacher))}
+        self._offered = {
+            teacher: frames for teacher in self._teachers if (frames := self._board.frames(teacher))
+        }
         return Inbox(
             {
                 teacher: Offer(teacher, 0, frames[-1].version.step, "", ())

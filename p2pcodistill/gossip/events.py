@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from p2pcodistill import telemetry
-from p2pcodistill.checkpoint.manifest import SignedManifest
+from p2pcodistill.checkpoint.manifest import SignedManifest, Version
 from p2pcodistill.gossip.messages import Lane, Message, Payload, encode_message, lane_of
 
 # --- events ------------------------------------------------------------------------------------------------
@@ -41,7 +41,10 @@ class PayloadReceived:
 
 @dataclass(frozen=True, slots=True)
 class FramePublished:
-    """This site's checkpoint is signed and in the store."""
+    """This site's checkpoint is signed and in the store.
+
+    It is newer than all before it, or a keyframe of the newest version, which somebody needed.
+    """
 
     signed: SignedManifest
 
@@ -56,7 +59,18 @@ class FetchBegun:
 
 @dataclass(frozen=True, slots=True)
 class FrameStored:
-    """The frame of a `CompleteFrame` is durably in the store."""
+    """The frame of a `CompleteFrame` is durably in the store.
+
+    `held` is the version that the store's chain of the frame's origin leads to now, None if there is no chain.
+    """
+
+    frame_id: str
+    held: Version | None
+
+
+@dataclass(frozen=True, slots=True)
+class FrameLost:
+    """A frame that a `ServeChunk` names is no longer in the store: pruned, or found damaged."""
 
     frame_id: str
 
@@ -71,8 +85,16 @@ class FetchRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class ChainBroken:
+    """The ranks could not apply the chain of this origin's frames that the store holds."""
+
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingFinished:
-    """This site's training is over: it learns from nobody any more. It goes on serving."""
+    """This site's training is over: it learns from nobody any more, and no keyframe can be made on request. It goes on
+    serving."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +116,9 @@ Event: TypeAlias = (
     | FramePublished
     | FetchBegun
     | FrameStored
+    | FrameLost
     | FetchRefused
+    | ChainBroken
     | TrainingFinished
     | IncarnationRaised
     | Ticked
@@ -167,15 +191,31 @@ class PinSchema:
 class RaiseIncarnation:
     """Neighbours know of a past life of this site: save this incarnation, and publish under it from now on.
 
-    Obligation: the newest own frame, if there is one, is signed again under it and fed as `FramePublished`.
+    Obligation: the own frames that are kept are signed again under it, and fed as `FramePublished`, oldest first.
     """
 
     incarnation: int
 
 
 @dataclass(frozen=True, slots=True)
+class RequestKeyframe:
+    """Ask the ranks for a keyframe of what they published last: a student needs one.
+
+    Nothing is owed: if it cannot be made, whatever they publish next serves.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class DropChain:
+    """Forget all complete frames of `origin` that the store holds."""
+
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
 class OfferFrame:
-    """Hand this complete, verified frame to the group as a teacher."""
+    """Hand the chain of this frame's origin to the group as a teacher: with this frame, which is complete and verified, it
+    leads further than before."""
 
     signed: SignedManifest
 
@@ -196,6 +236,8 @@ Action: TypeAlias = (
     | ServeChunk
     | PinSchema
     | RaiseIncarnation
+    | RequestKeyframe
+    | DropChain
     | OfferFrame
     | Report
 )

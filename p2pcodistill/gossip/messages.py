@@ -7,12 +7,13 @@ hexadecimal digits everywhere else.
 
     code  message   first part                                                              second part
     1     Hello     version, run, members digest, topology digest, incarnation, your incarnation
-    2     Announce  signature                                                               manifest
+    2     Announce  signature, how many more of a path follow (nil: not part of one)         manifest
     3     Want      frame id, ascending chunk indices
     4     Chunk     frame id, chunk index                                                   the chunk
     5     Gone      frame id
     6     Finished
     7     Refusal   reason, why
+    8     CatchUp   incarnation and step held (both nil: nothing)
 
 The code and the version of a Hello keep their places in every version of the protocol, so that nodes of
 different versions can tell each other what is wrong. Decoding checks caps first, then parses, then checks
@@ -30,17 +31,19 @@ from typing import Any, TypeAlias, TypeVar
 
 import msgpack
 
+from p2pcodistill.checkpoint.chain import MAX_CHAIN_FRAMES
 from p2pcodistill.checkpoint.manifest import (
     DIGEST_BYTES,
     MAX_CHUNK_BYTES,
     MAX_COUNTER,
     MAX_MANIFEST_BYTES,
     MAX_NAME_CHARS,
+    Version,
 )
 from p2pcodistill.errors import MalformedError, OversizedError
 from p2pcodistill.identity import SIGNATURE_BYTES
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_HEADER_BYTES = 16 << 10
 MAX_WANT_INDICES = 1024
 MAX_REASON_CHARS = 32
@@ -74,10 +77,15 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Announce:
-    """The sender holds the frame of this signed manifest, whose `body` is neither verified nor parsed yet."""
+    """The sender holds the frame of this signed manifest, whose `body` is neither verified nor parsed yet.
+
+    The answer to a CatchUp is a *path*: one announcement for each of its frames, oldest first, of which `num_more` counts
+    those that follow, down to 0. It is None in an announcement that nobody asked for.
+    """
 
     body: bytes
     signature: bytes
+    num_more: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +125,17 @@ class Refusal:
     why: str
 
 
-Message: TypeAlias = Hello | Announce | Want | Chunk | Gone | Finished | Refusal
+@dataclass(frozen=True, slots=True)
+class CatchUp:
+    """The sender holds version `held` of the receiver's checkpoints and asks for a path from there to the newest one.
+
+    None: it holds nothing that it could go on from.
+    """
+
+    held: Version | None
+
+
+Message: TypeAlias = Hello | Announce | Want | Chunk | Gone | Finished | Refusal | CatchUp
 Payload: TypeAlias = tuple[bytes, ...]
 
 
@@ -129,16 +147,18 @@ class _Code(IntEnum):
     GONE = 5
     FINISHED = 6
     REFUSAL = 7
+    CATCH_UP = 8
 
 
 _NUM_FIELDS = {
     _Code.HELLO: 6,
-    _Code.ANNOUNCE: 1,
+    _Code.ANNOUNCE: 2,
     _Code.WANT: 2,
     _Code.CHUNK: 2,
     _Code.GONE: 1,
     _Code.FINISHED: 0,
     _Code.REFUSAL: 2,
+    _Code.CATCH_UP: 2,
 }
 _MAX_BULK_BYTES = {_Code.ANNOUNCE: MAX_MANIFEST_BYTES, _Code.CHUNK: MAX_CHUNK_BYTES}
 _T = TypeVar("_T")
@@ -154,8 +174,8 @@ def encode_message(message: Message) -> Payload:
     match message:
         case Hello(version, run, members, topology, incarnation, yours):
             return _pack(_Code.HELLO, version, run, members, topology, incarnation, yours)
-        case Announce(body, signature):
-            return *_pack(_Code.ANNOUNCE, signature), body
+        case Announce(body, signature, num_more):
+            return *_pack(_Code.ANNOUNCE, signature, num_more), body
         case Want(frame_id, indices):
             return _pack(_Code.WANT, bytes.fromhex(frame_id), indices)
         case Chunk(frame_id, index, data):
@@ -166,6 +186,8 @@ def encode_message(message: Message) -> Payload:
             return _pack(_Code.FINISHED)
         case Refusal(reason, why):
             return _pack(_Code.REFUSAL, reason, why)
+        case CatchUp(held):
+            return _pack(_Code.CATCH_UP, *((held.incarnation, held.step) if held else (None, None)))
 
 
 def decode_message(payload: Sequence[bytes]) -> Message:
@@ -196,7 +218,7 @@ def decode_message(payload: Sequence[bytes]) -> Message:
                 _number(yours, "known incarnation"),
             )
         case _Code.ANNOUNCE:
-            return Announce(bulk, _bytes(fields[0], SIGNATURE_BYTES, "signature"))
+            return Announce(bulk, _bytes(fields[0], SIGNATURE_BYTES, "signature"), _num_more(fields[1]))
         case _Code.WANT:
             return Want(_frame_id(fields[0]), _indices(fields[1]))
         case _Code.CHUNK:
@@ -210,6 +232,10 @@ def decode_message(payload: Sequence[bytes]) -> Message:
             if not _REASON.fullmatch(reason):
                 raise MalformedError("a refusal's reason is not a word")
             return Refusal(reason, _text(fields[1], MAX_WHY_CHARS, "refusal's sentence"))
+        case _Code.CATCH_UP:
+            if fields == [None, None]:
+                return CatchUp(None)
+            return CatchUp(Version(_number(fields[0], "held incarnation"), _number(fields[1], "held step")))
 
 
 def _pack(code: _Code, *fields: object) -> tuple[bytes]:
@@ -278,6 +304,15 @@ def _text(value: object, max_chars: int, what: str) -> str:
     if not text.isprintable():  # it will be shown on somebody's terminal
         raise MalformedError(f"a {what} must be printable")
     return text
+
+
+def _num_more(value: object) -> int | None:
+    if value is None:
+        return None
+    num_more = _number(value, "number of frames that follow")
+    if num_more >= MAX_CHAIN_FRAMES:
+        raise MalformedError(f"a path has at most {MAX_CHAIN_FRAMES} frames")
+    return num_more
 
 
 def _frame_id(value: object) -> str:

@@ -4,26 +4,30 @@ No I/O, no clock, no randomness: the same events at the same times give the same
 from links in memory or from a simulation in virtual time. Nothing that a peer sends raises: what is not acceptable is
 refused, reported and forgotten.
 
-`membership` says who may speak, `announce` which versions are known, `transfer` what to fetch, `serving` what to give;
-this module joins them and is what the rest of the package imports (events and actions included).
+`membership` says who may speak, `announce` what teachers have, `transfer` and `plan` what to fetch, `publishing` what
+students are told, `serving` what they are given; this module joins them and is what the rest of the package imports
+(events and actions included).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from p2pcodistill import telemetry
-from p2pcodistill.checkpoint.manifest import MAX_CHUNK_BYTES, SignedManifest
-from p2pcodistill.errors import HelloMismatchError, MalformedError, RefusedError
-from p2pcodistill.gossip.announce import Announcements
+from p2pcodistill.checkpoint.manifest import MAX_CHUNK_BYTES, SignedManifest, Version
+from p2pcodistill.errors import HelloMismatchError, MalformedError, RefusedError, UnknownPeerError
+from p2pcodistill.gossip.announce import Accepted, Announcements
 from p2pcodistill.gossip.events import (
     AbandonFrame,
     Action,
     BeginFetch,
+    ChainBroken,
     CompleteFrame,
+    DropChain,
     Event,
     FetchBegun,
     FetchRefused,
+    FrameLost,
     FramePublished,
     FrameStored,
     IncarnationRaised,
@@ -34,6 +38,7 @@ from p2pcodistill.gossip.events import (
     PinSchema,
     RaiseIncarnation,
     Report,
+    RequestKeyframe,
     SendPayload,
     ServeChunk,
     StoreChunk,
@@ -45,6 +50,7 @@ from p2pcodistill.gossip.membership import Membership, SessionState, members_dig
 from p2pcodistill.gossip.messages import (
     MAX_WHY_CHARS,
     Announce,
+    CatchUp,
     Chunk,
     Finished,
     Gone,
@@ -55,6 +61,7 @@ from p2pcodistill.gossip.messages import (
     Want,
     decode_message,
 )
+from p2pcodistill.gossip.publishing import Publishing
 from p2pcodistill.gossip.serving import Serving
 from p2pcodistill.gossip.transfer import Transfers
 from p2pcodistill.identity import PublicIdentity
@@ -63,10 +70,13 @@ __all__ = [
     "AbandonFrame",
     "Action",
     "BeginFetch",
+    "ChainBroken",
     "CompleteFrame",
+    "DropChain",
     "Event",
     "FetchBegun",
     "FetchRefused",
+    "FrameLost",
     "FramePublished",
     "FrameStored",
     "Gossip",
@@ -78,6 +88,7 @@ __all__ = [
     "PinSchema",
     "RaiseIncarnation",
     "Report",
+    "RequestKeyframe",
     "SendPayload",
     "ServeChunk",
     "StoreChunk",
@@ -94,9 +105,10 @@ class Gossip:
     """What one site knows and says.
 
     `members` maps all sites of the run to their public identities, in the order that all agree on; `teachers` and
-    `students` are this site's neighbours in the teacher graph. `stored` are the newest complete frames in the store,
-    this site's own included; `incarnation` and `pinned_schemas` come from there, too. Announced frames of more than
-    `max_frame_bytes` are refused. At most `window_bytes` are asked of a peer and not yet received, and nobody may want more
+    `students` are this site's neighbours in the teacher graph. The rest is what the store remembers: `held` maps each
+    teacher whose chain is there to the version that it leads to, `own_frames` are all complete frames of this site,
+    and `incarnation` and `pinned_schemas` speak for themselves. Announced frames of more than `max_frame_bytes` are
+    refused. At most `window_bytes` are asked of a peer and not yet received, and nobody may want more
     of this site in one message; requests of a peer that is silent for `stall_timeout_s` are made anew.
     """
 
@@ -110,7 +122,8 @@ class Gossip:
         members_digest: bytes,
         topology_digest: bytes,
         incarnation: int,
-        stored: Mapping[str, SignedManifest],
+        held: Mapping[str, Version],
+        own_frames: Sequence[SignedManifest],
         pinned_schemas: Mapping[str, bytes],
         *,
         max_frame_bytes: int,
@@ -130,16 +143,21 @@ class Gossip:
             incarnation=incarnation,
         )
         self._announcements = Announcements(
-            site=site,
             run=run,
             teachers={member: public for member, public in members.items() if member in teachers},
-            newest=stored,
+            held=held,
             pinned_schemas=pinned_schemas,
             max_chunk_bytes=window_bytes,
             max_frame_bytes=max_frame_bytes,
         )
-        self._transfers = Transfers(window_bytes=window_bytes, stall_timeout_s=stall_timeout_s)
-        self._serving = Serving(stored.values(), window_bytes=window_bytes)
+        self._transfers = Transfers(
+            {member: held[member] for member in members if member in teachers and member in held},
+            window_bytes=window_bytes,
+            stall_timeout_s=stall_timeout_s,
+        )
+        self._publishing = Publishing(own_frames)
+        self._serving = Serving(window_bytes=window_bytes)
+        self._serving.hold(site, self._publishing.kept, now_s=0.0)
 
     @property
     def incarnation(self) -> int:
@@ -156,14 +174,10 @@ class Gossip:
         """Whether every student said, in any session, that its training is over."""
         return all(map(self._membership.is_finished, self._students))
 
-    @property
-    def credit_bytes(self) -> Mapping[str, int]:
-        """What may still be asked of each ready peer."""
-        return self._transfers.credit_bytes
-
     def frames_in_use(self, now_s: float) -> frozenset[str]:
-        """The frames that the store must not prune: being fetched, here or by a peer."""
-        return frozenset(self._transfers.fetching + self._serving.in_use(now_s))
+        """The frames that the store must not prune: this site's own chain, and what is being fetched, here or by a peer."""
+        own = (signed.frame_id for signed in self._publishing.kept)
+        return frozenset((*own, *self._transfers.fetching, *self._serving.in_use(now_s)))
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """What follows from `event`, in order. `now_s` is monotonic; only differences matter."""
@@ -185,17 +199,23 @@ class Gossip:
                     return self._receive(peer, payload, now_s)
                 except RefusedError as error:
                     return [_refused(peer, error)]
+            case FrameLost(frame_id):
+                self._publishing.lose(frame_id)
+                self._serving.hold(self._site, self._publishing.kept, now_s)
             case FramePublished(signed):
                 return self._publish(signed, now_s)
             case FetchBegun(frame_id, present):
                 self._transfers.begin(frame_id, present)
-            case FrameStored(frame_id):
-                return self._offer_stored(frame_id, now_s)
+            case FrameStored(frame_id, held):
+                return self._offer_stored(frame_id, held, now_s)
             case FetchRefused(frame_id, reason, why):
                 return self._give_up(frame_id, reason, why)
+            case ChainBroken(origin):
+                self._transfers.break_chain(origin)
+                return [DropChain(origin)]
             case TrainingFinished():
                 self._membership.has_finished = True
-                return [send(peer, Finished()) for peer in self.peers_ready]
+                return [*(send(peer, Finished()) for peer in self.peers_ready), *self._answer_waiting()]
             case IncarnationRaised(incarnation):
                 self._membership.raise_incarnation(incarnation)
             case Ticked():
@@ -207,7 +227,9 @@ class Gossip:
     def _leave(self, peer: str, why: str, now_s: float) -> list[Action]:
         if self._membership.state_of(peer) is not SessionState.READY:
             return []
+        self._announcements.close(peer)
         self._transfers.close(peer)
+        self._publishing.close(peer)
         self._serving.close(peer, now_s)
         return [Report(telemetry.PeerDisconnected(peer, why))]
 
@@ -240,7 +262,7 @@ class Gossip:
 
     def _raise_incarnation(self, peer: str, known_incarnation: int) -> list[Action]:
         is_newer = known_incarnation >= self.incarnation
-        if not (is_newer and self._announcements.is_from_past_life(peer, known_incarnation)):
+        if not (is_newer and self._publishing.is_from_past_life(peer, known_incarnation)):
             return []
         self._membership.raise_incarnation(known_incarnation + 1)
         return [RaiseIncarnation(self.incarnation)]
@@ -249,8 +271,16 @@ class Gossip:
 
     def _obey(self, peer: str, message: Message, now_s: float) -> list[Action]:
         match message:
+            case Announce(num_more=None):
+                accepted = self._announcements.accept(peer, message)
+                self._transfers.announce(peer, accepted.frames[-1])
+                return self._note(accepted)
             case Announce():
-                return self._note(peer, message)
+                return self._follow(peer, message)
+            case CatchUp(held):
+                if peer not in self._students:
+                    raise UnknownPeerError(f"{peer} asked for a path, but is no student of this site")
+                return self._answer(peer, held, at_any_price=self._membership.has_finished)
             case Want(frame_id, indices):
                 if not self._serving.want(peer, message):
                     return [send(peer, Gone(frame_id))]
@@ -267,13 +297,21 @@ class Gossip:
                 raise MalformedError(f"{peer} sent a second hello in one session")
         return []
 
-    def _note(self, peer: str, announce: Announce) -> list[Action]:
-        accepted = self._announcements.accept(peer, announce)
-        manifest = accepted.signed.manifest
+    def _follow(self, peer: str, announce: Announce) -> list[Action]:
+        try:
+            accepted = self._announcements.collect(peer, announce, self._transfers.asked(peer))
+            if accepted is None:
+                return []
+            self._transfers.follow(peer, accepted.frames)
+            return self._note(accepted)
+        finally:
+            if not announce.num_more:
+                self._transfers.forgo(peer)
+
+    def _note(self, accepted: Accepted) -> list[Action]:
         if not accepted.is_new:
-            self._transfers.add_source(peer, accepted.signed)
             return []
-        self._transfers.offer(peer, accepted.signed)
+        manifest = accepted.frames[-1].manifest
         version = manifest.version
         announced = telemetry.VersionAnnounced(
             manifest.origin, version.incarnation, version.step, manifest.num_bytes
@@ -290,33 +328,48 @@ class Gossip:
     # --- frames: this site's own, and those that have arrived ------------------------------------------------------
 
     def _publish(self, signed: SignedManifest, now_s: float) -> list[Action]:
-        if not self._announcements.publish(signed):
-            return []
-        self._serving.hold(signed, now_s)
-        ready = self.peers_ready
-        return [action for peer in self._students if peer in ready for action in self._announce_to(peer)]
+        is_announced = self._publishing.publish(signed)
+        self._serving.hold(self._site, self._publishing.kept, now_s)
+        actions: list[Action] = []
+        if is_announced:
+            ready = self.peers_ready
+            actions += [
+                action for peer in self._students if peer in ready for action in self._announce_to(peer)
+            ]
+        return actions + self._answer_waiting()
 
     def _announce_to(self, peer: str) -> list[Action]:
         known = self._membership.known_incarnation_of_us(peer)
-        announcement = self._announcements.announce_to(peer, known_incarnation=known)
+        announcement = self._publishing.announce_to(peer, known_incarnation=known)
         return [send(peer, announcement)] if announcement else []
 
-    def _offer_stored(self, frame_id: str, now_s: float) -> list[Action]:
-        download = self._transfers.store(frame_id)
+    def _answer(self, peer: str, held: Version | None, *, at_any_price: bool) -> list[Action]:
+        known = self._membership.known_incarnation_of_us(peer)
+        path = self._publishing.answer(peer, held, known_incarnation=known, at_any_price=at_any_price)
+        is_due = self._publishing.take_request() and not self._membership.has_finished
+        return [*(send(peer, part) for part in path), *([RequestKeyframe()] if is_due else [])]
+
+    def _answer_waiting(self) -> list[Action]:
+        waiting = self._publishing.waiting.items()
+        return [action for peer, held in waiting for action in self._answer(peer, held, at_any_price=True)]
+
+    def _offer_stored(self, frame_id: str, held: Version | None, now_s: float) -> list[Action]:
+        download = self._transfers.store(frame_id, held)
         if download is None:
             return []
         signed = download.offer.signed
-        self._serving.hold(signed, now_s)
         manifest = signed.manifest
+        self._serving.hold(manifest.origin, [signed], now_s)
         fetched = telemetry.FrameFetched(
             origin=manifest.origin,
             incarnation=manifest.version.incarnation,
             step=manifest.version.step,
+            kind=manifest.kind,
             num_bytes=manifest.num_bytes,
             num_resent_bytes=download.num_resent_bytes,
             duration_s=now_s - download.started_s,
         )
-        return [Report(fetched), OfferFrame(signed)]
+        return [Report(fetched), *([OfferFrame(signed)] if download.leads_further else [])]
 
     def _give_up(self, frame_id: str, reason: str, why: str) -> list[Action]:
         download = self._transfers.give_up(frame_id)

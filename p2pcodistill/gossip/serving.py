@@ -1,8 +1,9 @@
 """What this site holds for others to fetch, and who is in the middle of fetching it.
 
-A frame that a peer has begun to fetch must stay, however slowly it travels: a newer one that replaced it under the
-peer's hands would never arrive over a slow link. So a reader keeps the frame that it wanted last until it wants
-another frame of the same origin, or has been away for a while.
+Every frame of this site's own chain can be wanted, and the newest that was fetched of every teacher. A frame that a
+peer has begun to fetch must stay beyond that, however slowly it travels: if it went under the peer's hands, nothing
+would ever arrive over a slow link. So a reader keeps the frame that it wanted last until it wants another frame of the
+same origin, or has been away for a while.
 
 Credit binds the other side, too: whoever wants more in one message than a window holds would make this site read and queue
 it all at once.
@@ -10,10 +11,10 @@ it all at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from p2pcodistill.checkpoint.manifest import SignedManifest
+from p2pcodistill.checkpoint.manifest import Manifest, SignedManifest
 from p2pcodistill.errors import MalformedError
 from p2pcodistill.gossip.messages import Want
 
@@ -27,6 +28,10 @@ class _Held:
     num_bytes: int
     chunk_bytes: int
     num_chunks: int
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> _Held:
+        return cls(manifest.origin, manifest.num_bytes, manifest.chunk_bytes, manifest.num_chunks)
 
     def count_bytes(self, indices: Sequence[int]) -> int:
         """Bytes of the chunks `indices`, which are ascending; the last chunk of the frame may be a short one."""
@@ -44,29 +49,26 @@ class _Reader:
 
 
 class Serving:
-    """The frames that can be wanted of this site: the newest of each origin, and those still being read.
+    """The frames that can be wanted of this site: what it holds of each origin, and those still being read.
 
     It does not know what the store pruned; the node answers for a frame that is no longer there.
     """
 
-    def __init__(self, held: Iterable[SignedManifest], *, window_bytes: int) -> None:
+    def __init__(self, *, window_bytes: int) -> None:
         """`window_bytes` is the most that a peer may want in one message; a single chunk is always served."""
         self._window_bytes = window_bytes
         self._held: dict[str, _Held] = {}
-        self._newest: dict[str, str] = {}
+        self._offered: dict[str, tuple[str, ...]] = {}
         self._readers: dict[tuple[str, str], _Reader] = {}
-        for signed in held:
-            self.hold(signed, now_s=0.0)
 
-    def hold(self, signed: SignedManifest, now_s: float) -> None:
-        """A complete frame is in the store, the newest of its origin."""
-        frame_id, manifest = signed.frame_id, signed.manifest
-        self._held[frame_id] = _Held(
-            manifest.origin, manifest.num_bytes, manifest.chunk_bytes, manifest.num_chunks
-        )
-        self._newest[manifest.origin] = frame_id
+    def hold(self, origin: str, frames: Collection[SignedManifest], now_s: float) -> None:
+        """Of `origin` these complete frames can be wanted from now on, and no others but those being read."""
+        self._offered[origin] = tuple(signed.frame_id for signed in frames)
+        self._held |= {signed.frame_id: _Held.of(signed.manifest) for signed in frames}
         self._readers = {key: reader for key, reader in self._readers.items() if reader.is_reading(now_s)}
-        kept = (*self._newest.values(), *self.in_use(now_s))
+        kept = {frame_id for offered in self._offered.values() for frame_id in offered}.union(
+            self.in_use(now_s)
+        )
         self._held = {frame_id: held for frame_id, held in self._held.items() if frame_id in kept}
 
     def want(self, peer: str, want: Want) -> bool:

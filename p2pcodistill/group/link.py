@@ -1,13 +1,15 @@
 """The link: where rank 0 meets the node. Small messages over a ZeroMQ `ipc://` socket; frames go by file.
 
 Rank 0 writes an encoded frame into the outbox folder, renames it to its final name and says `FrameReady`; the node takes the
-file. The node says `FrameOffered` for the newest verified checkpoint of each teacher; rank 0 reads that file. Each launch of
-the group has a token, so that a rank of an earlier launch cannot speak for this one.
+file and answers `FrameTaken`. The node says `FrameOffered` for the newest checkpoint of each teacher: a chain of verified
+files, which the ranks read. Each launch of the group has a token, so that a rank of an earlier launch cannot speak for this
+one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import queue
@@ -24,6 +26,7 @@ import msgpack
 import zmq
 import zmq.asyncio
 
+from p2pcodistill.checkpoint.chain import MAX_CHAIN_FRAMES
 from p2pcodistill.errors import GroupError, MalformedError
 from p2pcodistill.telemetry import Record, from_record
 
@@ -37,13 +40,17 @@ _FOLDER_PREFIX = "p2pcodistill-"
 
 @dataclass(frozen=True, slots=True)
 class FrameOffer:
-    """The newest complete, verified frame of a teacher that the node holds. `path` is a file that never changes."""
+    """The newest checkpoint of a teacher that the node holds, as a chain of complete, verified frames.
+
+    `frames` are (incarnation, step, file name in `folder`) of each, the keyframe first; the last one's version is the
+    offer's. A file never changes, and is there at least until two newer offers of the teacher have been made.
+    """
 
     origin: str
     incarnation: int
     step: int
-    path: str
-    num_bytes: int
+    folder: str
+    frames: tuple[tuple[int, int, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +62,39 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class FrameReady:
-    """rank -> node: an encoded frame lies at `path`, in the outbox, for the node to take."""
+    """rank -> node: an encoded frame of this site lies at `path`, in the outbox, for the node to take.
+
+    A delta frame moves the reference of `base_step` to that of `step`; a keyframe has no `base_step`.
+    """
 
     path: str
     step: int
-    kind: str
+    base_step: int | None
     codec: str
     schema_hash: bytes
     num_fp16_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceReady:
+    """rank -> node: a keyframe of a teacher's checkpoint, as the ranks have it, in the outbox: in place of a long chain."""
+
+    path: str
+    origin: str
+    incarnation: int
+    step: int
+    codec: str
+    schema_hash: bytes
+    num_fp16_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChainBroken:
+    """rank -> node: the chain that was offered as this checkpoint of `origin` could not be applied."""
+
+    origin: str
+    incarnation: int
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,21 +124,47 @@ class FrameOffered:
 
 
 @dataclass(frozen=True, slots=True)
+class FrameTaken:
+    """node -> rank: the frame of that `FrameReady` is published; or, if not `accepted`, was refused: start a new chain."""
+
+    step: int
+    base_step: int | None
+    accepted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KeyframeWanted:
+    """node -> rank: a student needs a keyframe of this site's present reference."""
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequested:
     """node -> rank: agree on a step, checkpoint and exit."""
 
 
-RankMessage: TypeAlias = Joined | FrameReady | EventHappened | Left
-NodeMessage: TypeAlias = Welcome | FrameOffered | StopRequested
+RankMessage: TypeAlias = Joined | FrameReady | ReferenceReady | ChainBroken | EventHappened | Left
+NodeOrder: TypeAlias = FrameOffered | FrameTaken | KeyframeWanted | StopRequested
+"""What the node says after its welcome."""
+NodeMessage: TypeAlias = Welcome | NodeOrder
 _TYPES: tuple[type[Any], ...] = (
     Joined,
     FrameReady,
+    ReferenceReady,
+    ChainBroken,
     EventHappened,
     Left,
     Welcome,
     FrameOffered,
+    FrameTaken,
+    KeyframeWanted,
     StopRequested,
 )
+_PLAIN_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "bytes": (bytes,),
+}
 
 
 def encode_link_message(message: RankMessage | NodeMessage) -> bytes:
@@ -126,25 +184,34 @@ def decode_link_message(data: bytes) -> RankMessage | NodeMessage:
         index, *fields = msgpack.unpackb(data)
         cls = _TYPES[index]
         if cls is Welcome:
-            return Welcome(tuple(FrameOffer(*offer) for offer in fields[0]))
+            return Welcome(tuple(_read_offer(*offer) for offer in fields[0]))
         if cls is FrameOffered:
-            return FrameOffered(FrameOffer(*fields[0]))
+            return FrameOffered(_read_offer(*fields[0]))
         if cls is EventHappened:
             from_record(dict(fields[0]))
         message: RankMessage | NodeMessage = cls(*fields)
-        if isinstance(message, FrameReady):
-            _check_frame_ready(message)
+        _check_types(message)
         return message
     except (ValueError, TypeError, IndexError, msgpack.UnpackException) as error:
         raise MalformedError(f"not a link message: {error}") from None
 
 
-def _check_frame_ready(ready: FrameReady) -> None:
-    texts, numbers = (ready.path, ready.kind, ready.codec), (ready.step, ready.num_fp16_bytes)
-    if not (all(type(t) is str for t in texts) and all(type(n) is int for n in numbers)):
-        raise TypeError("a frame is described by texts and numbers")
-    if type(ready.schema_hash) is not bytes:
-        raise TypeError("a schema hash is bytes")
+def _read_offer(
+    origin: str, incarnation: int, step: int, folder: str, frames: list[tuple[int, int, str]]
+) -> FrameOffer:
+    if not 0 < len(frames) <= MAX_CHAIN_FRAMES:
+        raise ValueError(f"a chain has 1 to {MAX_CHAIN_FRAMES} frames")
+    chain = tuple((int(number), int(frame_step), str(name)) for number, frame_step, name in frames)
+    return FrameOffer(origin, incarnation, step, folder, chain)
+
+
+def _check_types(message: RankMessage | NodeMessage) -> None:
+    """What ranks say may come from a user's own script: nothing of another type gets into the node."""
+    if isinstance(message, FrameReady | ReferenceReady | ChainBroken):
+        for field in dataclasses.fields(message):
+            value = getattr(message, field.name)
+            if type(value) not in _PLAIN_TYPES[str(field.type)]:
+                raise TypeError(f"{field.name} is {value!r}, not {field.type}")
 
 
 class NodeLink:
@@ -199,7 +266,7 @@ class NodeLink:
                 return message
             if sender != self._rank:
                 continue
-            if isinstance(message, FrameReady | EventHappened | Left):
+            if isinstance(message, FrameReady | ReferenceReady | ChainBroken | EventHappened | Left):
                 return message
             raise MalformedError(f"rank 0 sent a {type(message).__name__}")
 
@@ -237,12 +304,10 @@ def _remove_own_folder(folder: Path) -> None:
 class RankLink:
     """Rank 0's end: one DEALER on a thread of its own. `send` may be called from any thread and never blocks.
 
-    `on_message` is called on that thread for each `FrameOffered` and `StopRequested` after the welcome.
+    `on_message` is called on that thread for each message after the welcome.
     """
 
-    def __init__(
-        self, address: str, token: str, on_message: Callable[[FrameOffered | StopRequested], None]
-    ) -> None:
+    def __init__(self, address: str, token: str, on_message: Callable[[NodeOrder], None]) -> None:
         self._address, self._token, self._on_message = address, token, on_message
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -252,7 +317,7 @@ class RankLink:
         self._thread = threading.Thread(target=self._run, name="p2pcodistill-link", daemon=True)
 
     def connect(self, timeout_s: float) -> tuple[FrameOffer, ...]:
-        """Join the node; the frames that it holds now, at most one a teacher. Raises GroupError when no node answers."""
+        """Join the node; the checkpoints that it holds now, at most one a teacher. Raises GroupError if no node answers."""
         self._thread.start()
         self._enqueue(encode_link_message(Joined(self._token)))
         try:
@@ -261,7 +326,7 @@ class RankLink:
             self.close(0)
             raise GroupError(f"the node did not answer at {self._address} within {timeout_s:g} s") from None
 
-    def send(self, message: FrameReady | EventHappened) -> None:
+    def send(self, message: FrameReady | ReferenceReady | ChainBroken | EventHappened) -> None:
         """Queue one message for the node."""
         self._enqueue(encode_link_message(message))
 
@@ -311,5 +376,5 @@ class RankLink:
     def _dispatch(self, message: RankMessage | NodeMessage) -> None:
         if isinstance(message, Welcome):
             self._welcome.put(message.offers)
-        elif isinstance(message, FrameOffered | StopRequested):
+        elif isinstance(message, NodeOrder):
             self._on_message(message)

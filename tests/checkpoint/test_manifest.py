@@ -41,7 +41,7 @@ def make_manifest(**changes: Any) -> Manifest:
         run="demo",
         origin="berlin",
         version=Version(1, 50),
-        kind="keyframe",
+        base=None,
         codec="fp16+blosc2",
         schema_hash=hashlib.sha256(b"schema").digest(),
         num_fp16_bytes=60_000,
@@ -50,6 +50,18 @@ def make_manifest(**changes: Any) -> Manifest:
         chunk_digests=digest_chunks(CONTENT, MIN_CHUNK_BYTES),
     )
     return replace(manifest, **changes)
+
+
+def test_kind_follows_from_the_base() -> None:
+    assert make_manifest().kind == "keyframe"
+    assert make_manifest(base=Version(1, 49)).kind == "delta"
+    assert make_manifest(version=Version(2, 0), base=Version(1, 900)).kind == "delta"
+
+
+@pytest.mark.parametrize("base", [Version(1, 50), Version(1, 51), Version(2, 0)])
+def test_a_base_is_lower_than_the_version(base: Version) -> None:
+    with pytest.raises(MalformedError, match="lower"):
+        make_manifest(base=base)
 
 
 names = st.text(st.characters(categories=("L", "N", "P")), min_size=1, max_size=64)
@@ -61,11 +73,12 @@ def manifests(draw: st.DrawFn) -> Manifest:
     chunk_bytes = draw(st.integers(MIN_CHUNK_BYTES, MAX_CHUNK_BYTES))
     num_bytes = draw(st.integers(1, 20 * chunk_bytes))
     num_chunks = -(-num_bytes // chunk_bytes)
+    versions = draw(st.lists(st.builds(Version, counters, counters), min_size=1, max_size=2, unique=True))
     return Manifest(
         run=draw(names),
         origin=draw(names),
-        version=Version(draw(counters), draw(counters)),
-        kind="keyframe",
+        version=max(versions),
+        base=min(versions) if len(versions) == 2 else None,
         codec=draw(names),
         schema_hash=draw(st.binary(min_size=32, max_size=32)),
         num_fp16_bytes=draw(counters),
@@ -85,9 +98,11 @@ def test_bytes_round_trip_and_are_canonical(manifest: Manifest) -> None:
 def test_the_body_is_an_array_in_fixed_order_that_starts_with_the_format_version() -> None:
     manifest = make_manifest()
     assert msgpack.unpackb(manifest.to_bytes()) == [
-        1, "demo", "berlin", 1, 50, "keyframe", "fp16+blosc2", manifest.schema_hash, 60_000, len(CONTENT),
+        2, "demo", "berlin", 1, 50, None, None, "fp16+blosc2", manifest.schema_hash, 60_000, len(CONTENT),
         MIN_CHUNK_BYTES, b"".join(manifest.chunk_digests),
     ]  # fmt: skip
+    delta = make_manifest(version=Version(2, 50), base=Version(1, 40))
+    assert msgpack.unpackb(delta.to_bytes())[3:7] == [2, 50, 1, 40]
 
 
 @given(manifests())
@@ -129,7 +144,7 @@ def test_a_signed_manifest_verifies_and_keeps_the_bytes_that_were_signed() -> No
 
 def test_a_re_encoding_is_irrelevant() -> None:
     fields = msgpack.unpackb(make_manifest().to_bytes())
-    wasteful = b"\xdc\x00\x0c" + b"".join(msgpack.packb(field) for field in fields)  # array 16, not fixarray
+    wasteful = b"\xdc\x00\x0d" + b"".join(msgpack.packb(field) for field in fields)  # array 16, not fixarray
     received = verify_manifest(wasteful, BERLIN.sign(SIGNATURE_DOMAIN + wasteful), BERLIN.public)
     assert received.manifest == make_manifest()
     assert received.body == wasteful != received.manifest.to_bytes()
@@ -161,9 +176,9 @@ def test_the_size_is_checked_before_the_signature_and_the_signature_before_the_c
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 FIELDS = msgpack.unpackb(make_manifest().to_bytes())
-DIGESTS = FIELDS[11]
+DIGESTS = FIELDS[12]
 REFUSED_FIELDS = [
-    (0, 2, MalformedError),
+    (0, 1, MalformedError),
     (0, True, MalformedError),
     (0, "1", MalformedError),
     (1, "", MalformedError),
@@ -177,23 +192,25 @@ REFUSED_FIELDS = [
     (3, 1.0, MalformedError),
     (4, True, MalformedError),
     (4, [1], MalformedError),
-    (5, "delta", MalformedError),
-    (6, {}, MalformedError),
-    (7, b"short", MalformedError),
-    (7, "x" * 32, MalformedError),
-    (8, -1, MalformedError),
-    (9, 0, MalformedError),
-    (9, MAX_FRAME_BYTES + 1, OversizedError),
-    (9, len(CONTENT) + MIN_CHUNK_BYTES, MalformedError),
+    (5, 1, MalformedError),
+    (5, "keyframe", MalformedError),
+    (6, 49, MalformedError),
+    (7, {}, MalformedError),
+    (8, b"short", MalformedError),
+    (8, "x" * 32, MalformedError),
+    (9, -1, MalformedError),
     (10, 0, MalformedError),
-    (10, MIN_CHUNK_BYTES - 1, MalformedError),
-    (10, MAX_CHUNK_BYTES + 1, OversizedError),
-    (10, MAX_CHUNK_BYTES, MalformedError),
-    (11, b"", MalformedError),
-    (11, DIGESTS[:-1], MalformedError),
-    (11, DIGESTS[:-32], MalformedError),
-    (11, DIGESTS + bytes(32), MalformedError),
-    (11, [DIGESTS], MalformedError),
+    (10, MAX_FRAME_BYTES + 1, OversizedError),
+    (10, len(CONTENT) + MIN_CHUNK_BYTES, MalformedError),
+    (11, 0, MalformedError),
+    (11, MIN_CHUNK_BYTES - 1, MalformedError),
+    (11, MAX_CHUNK_BYTES + 1, OversizedError),
+    (11, MAX_CHUNK_BYTES, MalformedError),
+    (12, b"", MalformedError),
+    (12, DIGESTS[:-1], MalformedError),
+    (12, DIGESTS[:-32], MalformedError),
+    (12, DIGESTS + bytes(32), MalformedError),
+    (12, [DIGESTS], MalformedError),
 ]
 
 
@@ -203,6 +220,25 @@ def test_a_field_that_is_wrong_is_refused(index: int, value: Any, error: type[Re
     fields[index] = value
     with pytest.raises(error):
         Manifest.from_bytes(msgpack.packb(fields))
+
+
+@pytest.mark.parametrize(
+    ("base", "error"),
+    [
+        ([1, 50], MalformedError),
+        ([1, 51], MalformedError),
+        ([2, 0], MalformedError),
+        ([1, -1], MalformedError),
+        ([True, 1], MalformedError),
+        ([1, 2.0], MalformedError),
+        ([0, 2**63], OversizedError),
+        ([None, 1], MalformedError),
+    ],
+)
+def test_a_base_that_is_wrong_is_refused(base: list[Any], error: type[RefusedError]) -> None:
+    assert Manifest.from_bytes(msgpack.packb([*FIELDS[:5], 1, 49, *FIELDS[7:]])).base == Version(1, 49)
+    with pytest.raises(error):
+        Manifest.from_bytes(msgpack.packb([*FIELDS[:5], *base, *FIELDS[7:]]))
 
 
 @pytest.mark.parametrize(
@@ -219,8 +255,8 @@ def test_a_field_that_is_wrong_is_refused(index: int, value: Any, error: type[Re
         msgpack.packb(FIELDS[:-1]),
         msgpack.packb([*FIELDS, 0]),
         msgpack.packb(FIELDS) + b"\0",
-        msgpack.packb([1, "\ud800", *FIELDS[2:]], unicode_errors="surrogatepass"),
-        msgpack.packb([1, msgpack.Timestamp(1), *FIELDS[2:]]),
+        msgpack.packb([2, "\ud800", *FIELDS[2:]], unicode_errors="surrogatepass"),
+        msgpack.packb([2, msgpack.Timestamp(1), *FIELDS[2:]]),
     ],
 )
 def test_bytes_that_are_no_manifest_are_refused(body: bytes) -> None:
@@ -252,7 +288,7 @@ def test_the_digests_of_the_largest_frames_fit_and_no_more(num_bytes: int, chunk
 
 json_like = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
-    lambda inner: st.lists(inner, max_size=13) | st.dictionaries(st.text(), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=14) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=30,
 )
 
@@ -260,7 +296,7 @@ json_like = st.recursive(
 @given(
     st.binary(max_size=300)
     | json_like.map(msgpack.packb)
-    | st.lists(json_like, max_size=13).map(msgpack.packb)
+    | st.lists(json_like, max_size=14).map(msgpack.packb)
 )
 def test_arbitrary_bytes_are_refused_or_parsed_in_full(body: bytes) -> None:
     try:
@@ -289,7 +325,7 @@ def test_a_damaged_manifest_never_verifies(data: st.DataObject) -> None:
 
 def test_the_byte_plane_s_checkpoint_modules_load_neither_torch_nor_numpy() -> None:
     code = (
-        "import sys, p2pcodistill.checkpoint.manifest, p2pcodistill.checkpoint.store\n"
+        "import sys, p2pcodistill.checkpoint.chain, p2pcodistill.checkpoint.store\n"
         "print(sorted({'torch', 'numpy', 'blosc2'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

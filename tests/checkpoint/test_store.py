@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -37,19 +38,25 @@ ALL = frozenset(range(4))
 
 
 def make_frame(
-    step: int, *, origin: str = "tokyo", identity: Identity = TOKYO, incarnation: int = 1
+    step: int,
+    *,
+    origin: str = "tokyo",
+    identity: Identity = TOKYO,
+    incarnation: int = 1,
+    base: int | None = None,
+    num_bytes: int = FRAME_BYTES,
 ) -> tuple[SignedManifest, bytes]:
-    """A frame of four chunks, the last one short, with content of its own."""
-    content = random.Random(f"{origin} {incarnation} {step}").randbytes(FRAME_BYTES)
+    """A frame with content of its own; by default a keyframe of four chunks, the last one short."""
+    content = random.Random(f"{origin} {incarnation} {step} {base}").randbytes(num_bytes)
     manifest = Manifest(
         run="demo",
         origin=origin,
         version=Version(incarnation, step),
-        kind="keyframe",
+        base=None if base is None else Version(incarnation, base),
         codec="fp16+blosc2",
         schema_hash=bytes(32),
         num_fp16_bytes=FRAME_BYTES,
-        num_bytes=FRAME_BYTES,
+        num_bytes=num_bytes,
         chunk_bytes=MIN_CHUNK_BYTES,
         chunk_digests=digest_chunks(content, MIN_CHUNK_BYTES),
     )
@@ -64,20 +71,41 @@ def put_chunks(
         store.put_chunk(signed.frame_id, index, content[offset : offset + length])
 
 
-def fetch(store: FrameStore, step: int, **origin: Any) -> StoredFrame:
-    signed, content = make_frame(step, **origin)
-    put_chunks(store, signed, content, ALL - store.begin(signed))
+def fetch(store: FrameStore, step: int, **changes: Any) -> StoredFrame:
+    signed, content = make_frame(step, **changes)
+    put_chunks(store, signed, content, frozenset(range(signed.manifest.num_chunks)) - store.begin(signed))
     return store.complete(signed.frame_id)
 
 
-def adopt(store: FrameStore, step: int, outbox: Path) -> StoredFrame:
-    signed, content = make_frame(step, origin="berlin", identity=BERLIN)
+def fetch_delta(store: FrameStore, step: int, *, base: int | None = None, **changes: Any) -> StoredFrame:
+    """A delta frame of 1000 bytes, on top of the version 50 steps before it."""
+    return fetch(store, step, base=step - 50 if base is None else base, num_bytes=1000, **changes)
+
+
+def adopt(store: FrameStore, step: int, outbox: Path, **changes: Any) -> StoredFrame:
+    signed, content = make_frame(step, **({"origin": "berlin", "identity": BERLIN} | changes))
     outbox.write_bytes(content)
     return store.adopt(signed, outbox)
 
 
+def adopt_local_keyframe(store: FrameStore, step: int, outbox: Path, **changes: Any) -> StoredFrame:
+    """A reference of tokyo's that berlin's ranks encoded anew."""
+    return adopt(store, step, outbox, **({"origin": "tokyo", "num_bytes": 3000} | changes))
+
+
+def newest_of(store: FrameStore, origin: str) -> StoredFrame | None:
+    return max(store.frames(origin), key=lambda stored: stored.version, default=None)
+
+
+def steps_of(frames: Iterable[StoredFrame]) -> list[tuple[str, int]]:
+    """Kind and step of each."""
+    return [(stored.signed.manifest.kind, stored.version.step) for stored in frames]
+
+
 def read_frame(store: FrameStore, stored: StoredFrame) -> bytes | None:
-    chunks = [store.read_chunk(stored.signed.frame_id, index) for index in range(4)]
+    chunks = [
+        store.read_chunk(stored.signed.frame_id, index) for index in range(stored.signed.manifest.num_chunks)
+    ]
     return None if None in chunks else b"".join(chunk for chunk in chunks if chunk is not None)
 
 
@@ -100,7 +128,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(folder: Path) -> Iterator[FrameStore]:
-    with closing(FrameStore(folder, keys=KEYS)) as store:
+    with closing(FrameStore(folder, site="berlin", keys=KEYS)) as store:
         yield store
 
 
@@ -112,25 +140,25 @@ def test_a_fetched_frame_is_complete_readable_and_found_again(folder: Path, stor
     assert store.begin(signed) == frozenset()
     put_chunks(store, signed, content, frozenset({3, 1}))
     assert store.begin(signed) == {1, 3}
-    assert store.newest("tokyo") is None
+    assert newest_of(store, "tokyo") is None
     assert store.read_chunk(signed.frame_id, 1) is None
     put_chunks(store, signed, content, frozenset({0, 2}))
     stored = store.complete(signed.frame_id)
     assert stored.path.read_bytes() == content
-    assert store.complete(signed.frame_id) == store.newest("tokyo") == stored
+    assert store.complete(signed.frame_id) == newest_of(store, "tokyo") == stored
     assert store.begin(signed) == ALL
     assert read_frame(store, stored) == content
-    assert store.newest("berlin") is None
+    assert newest_of(store, "berlin") is None
     assert files_of(folder) == expected_files(signed)
-    with closing(FrameStore(folder, keys=KEYS)) as reopened:
-        assert reopened.newest("tokyo") == stored
+    with closing(FrameStore(folder, site="berlin", keys=KEYS)) as reopened:
+        assert newest_of(reopened, "tokyo") == stored
         assert read_frame(reopened, stored) == content
 
 
 def test_the_newest_is_the_highest_incarnation_then_step(store: FrameStore) -> None:
     for incarnation, step in ((1, 900), (2, 50), (2, 10)):
         fetch(store, step, incarnation=incarnation)
-    newest = store.newest("tokyo")
+    newest = newest_of(store, "tokyo")
     assert newest is not None
     assert newest.signed.manifest.version == Version(2, 50)
 
@@ -138,7 +166,7 @@ def test_the_newest_is_the_highest_incarnation_then_step(store: FrameStore) -> N
 def test_an_own_frame_is_moved_in(folder: Path, store: FrameStore, tmp_path: Path) -> None:
     stored = adopt(store, 50, tmp_path / "outbox")
     assert not (tmp_path / "outbox").exists()
-    assert store.newest("berlin") == stored
+    assert newest_of(store, "berlin") == stored
     assert read_frame(store, stored) == make_frame(50, origin="berlin", identity=BERLIN)[1]
     assert adopt(store, 50, tmp_path / "outbox") == stored, "the same frame again"
     assert not (tmp_path / "outbox").exists()
@@ -172,7 +200,7 @@ def test_an_own_frame_of_another_size_than_its_manifest_says_is_refused(
     (tmp_path / "outbox").write_bytes(content[:-1])
     with pytest.raises(ChecksumError):
         store.adopt(signed, tmp_path / "outbox")
-    assert store.newest("berlin") is None
+    assert newest_of(store, "berlin") is None
 
 
 def test_what_is_not_there_reads_as_none(store: FrameStore) -> None:
@@ -211,14 +239,14 @@ def test_abandon_removes_a_partial_frame_and_only_that(folder: Path, store: Fram
     assert store.begin(signed) == frozenset()
 
 
-def test_prune_keeps_the_newest_of_each_origin_what_it_is_told_and_what_is_being_fetched(
+def test_prune_keeps_the_chain_of_each_origin_what_it_is_told_and_what_is_being_fetched(
     folder: Path, store: FrameStore, tmp_path: Path
 ) -> None:
     steps = {step: fetch(store, step).signed for step in (50, 100, 150)}
     own = adopt(store, 50, tmp_path / "outbox").signed
     being_fetched, _ = make_frame(120)
     store.begin(being_fetched)
-    mapped = store.newest("tokyo")
+    mapped = newest_of(store, "tokyo")
     assert mapped is not None
     store.prune(keep_frame_ids=[steps[50].frame_id, "0" * 64])
     assert files_of(folder) == (
@@ -241,7 +269,7 @@ def test_incarnation_and_pins_last(folder: Path, store: FrameStore) -> None:
     with pytest.raises(ValueError, match="below"):
         store.save_incarnation(2)
     store.pin_schema("zürich", b"\x09" * 32)
-    for opened in (store, FrameStore(folder, keys=KEYS)):
+    for opened in (store, FrameStore(folder, site="berlin", keys=KEYS)):
         assert opened.incarnation == 3
         assert opened.pinned_schema("tokyo") == b"\7" * 32
         assert opened.pinned_schema("zürich") == b"\x09" * 32
@@ -249,7 +277,7 @@ def test_incarnation_and_pins_last(folder: Path, store: FrameStore) -> None:
 
 def test_closing_twice_leaks_no_file_and_keeps_partial_frames(folder: Path) -> None:
     num_open = count_open_files()
-    store = FrameStore(folder, keys=KEYS)
+    store = FrameStore(folder, site="berlin", keys=KEYS)
     store.begin(make_frame(50)[0])
     assert count_open_files() == num_open + 1
     store.close()
@@ -263,14 +291,139 @@ def test_threads_share_a_store(store: FrameStore) -> None:
         stored = list(pool.map(lambda step: fetch(store, step), range(16)))
         contents = list(pool.map(lambda one: read_frame(store, one), stored))
     assert contents == [make_frame(step)[1] for step in range(16)]
-    assert store.newest("tokyo") == stored[-1]
+    assert newest_of(store, "tokyo") == stored[-1]
+
+
+# --- chains ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_chain_leads_from_nothing_to_the_highest_version_that_can_be_reached(store: FrameStore) -> None:
+    assert store.chain("tokyo") == store.frames("tokyo") == ()
+    for step in (50, 100, 250):
+        fetch_delta(store, step)
+    assert store.chain("tokyo") == ()
+
+    fetch(store, 0)
+    assert steps_of(store.chain("tokyo")) == [("keyframe", 0), ("delta", 50), ("delta", 100)]
+
+    fetch_delta(store, 150)
+    fetch_delta(store, 200)
+    assert steps_of(store.chain("tokyo")) == [
+        ("keyframe", 0),
+        *(("delta", step) for step in range(50, 300, 50)),
+    ]
+    assert store.chain("berlin") == ()
+
+
+def test_frames_are_listed_by_version_the_delta_first(store: FrameStore, tmp_path: Path) -> None:
+    fetch(store, 50)
+    adopt_local_keyframe(store, 100, tmp_path / "outbox")
+    fetch_delta(store, 100)
+    fetch(store, 0)
+
+    assert steps_of(store.frames("tokyo")) == [
+        ("keyframe", 0),
+        ("keyframe", 50),
+        ("delta", 100),
+        ("keyframe", 100),
+    ]
+
+
+def test_prune_keeps_of_a_teacher_its_chain_and_what_is_newer(store: FrameStore) -> None:
+    fetch(store, 0)
+    for step in (50, 100, 200, 250):
+        fetch_delta(store, step)
+    store.prune(keep_frame_ids=())
+    assert [step for _, step in steps_of(store.frames("tokyo"))] == [0, 50, 100, 200, 250]
+
+    newer = fetch(store, 200)
+    store.prune(keep_frame_ids=())
+
+    assert steps_of(store.frames("tokyo")) == [("keyframe", 200), ("delta", 250)]
+    assert store.chain("tokyo")[0] == newer
+
+
+def test_prune_keeps_of_this_site_what_it_is_told_and_what_came_after_it(
+    store: FrameStore, tmp_path: Path
+) -> None:
+    own = [adopt(store, 0, tmp_path / "outbox")]
+    own += [adopt(store, step, tmp_path / "outbox", base=step - 50) for step in (50, 100, 150)]
+    own += [adopt(store, 150, tmp_path / "outbox", num_bytes=2000)]
+    store.prune(keep_frame_ids=())
+    assert len(store.frames("berlin")) == 5, "nobody has been told of them yet"
+
+    store.prune(keep_frame_ids=[own[1].signed.frame_id, own[3].signed.frame_id])
+
+    assert steps_of(store.frames("berlin")) == [("delta", 50), ("delta", 150), ("keyframe", 150)]
+
+
+def test_a_local_keyframe_stands_in_for_a_long_chain_and_is_found_again(
+    folder: Path, store: FrameStore, tmp_path: Path
+) -> None:
+    fetch(store, 0)
+    for step in (50, 100):
+        fetch_delta(store, step)
+    local = adopt_local_keyframe(store, 100, tmp_path / "outbox")
+    store.prune(keep_frame_ids=())
+    later = fetch_delta(store, 150)
+    assert store.chain("tokyo") == (local, later)
+    assert files_of(folder) == expected_files(local.signed, later.signed)
+
+    with closing(FrameStore(folder, site="berlin", keys=KEYS)) as reopened:
+        assert reopened.chain("tokyo") == (local, later)
+        assert read_frame(reopened, local) is not None
+
+
+@pytest.mark.parametrize(
+    ("site", "base"), [("lima", None), ("berlin", 50)], ids=["another site's", "a delta frame"]
+)
+def test_nothing_else_counts_under_this_site_s_key(
+    folder: Path, tmp_path: Path, site: str, base: int | None
+) -> None:
+    with closing(FrameStore(folder, site="berlin", keys=KEYS)) as store:
+        kept = fetch(store, 50)
+        adopt_local_keyframe(store, 100, tmp_path / "outbox", base=base)
+        assert len(store.frames("tokyo")) == 2
+    with closing(FrameStore(folder, site=site, keys=KEYS | {"lima": STRANGER.public})) as reopened:
+        assert reopened.frames("tokyo") == (kept,)
+        assert files_of(folder) == expected_files(kept.signed)
+
+
+def test_a_dropped_chain_is_gone_and_can_be_fetched_again(
+    folder: Path, store: FrameStore, tmp_path: Path
+) -> None:
+    own = adopt(store, 50, tmp_path / "outbox")
+    fetch(store, 0)
+    fetch_delta(store, 50)
+    being_fetched = make_frame(100)[0]
+    store.begin(being_fetched)
+
+    store.drop("tokyo")
+    store.drop("tokyo")
+
+    assert store.frames("tokyo") == ()
+    assert files_of(folder) == expected_files(own.signed) | expected_files(being_fetched, suffix="part")
+    again = fetch(store, 0)
+    assert store.chain("tokyo") == (again,)
+
+
+def test_a_chain_ends_before_a_frame_that_is_found_damaged(store: FrameStore) -> None:
+    fetch(store, 0)
+    damaged, _ = (fetch_delta(store, step) for step in (50, 100))
+    damaged.path.write_bytes(b"rot")
+
+    assert store.read_chunk(damaged.signed.frame_id, 0) is None
+
+    assert steps_of(store.chain("tokyo")) == [("keyframe", 0)]
+    fetch_delta(store, 50)
+    assert [step for _, step in steps_of(store.chain("tokyo"))] == [0, 50, 100]
 
 
 # --- bounded ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_store_is_bounded(folder: Path, tmp_path: Path) -> None:
-    with closing(FrameStore(folder, keys=KEYS, max_bytes=2 * FRAME_BYTES)) as store:
+    with closing(FrameStore(folder, site="berlin", keys=KEYS, max_bytes=2 * FRAME_BYTES)) as store:
         fetch(store, 50)
         partial, content = make_frame(100)
         store.begin(partial)
@@ -286,7 +439,7 @@ def test_the_store_is_bounded(folder: Path, tmp_path: Path) -> None:
         store.prune(keep_frame_ids=())
         fetch(store, 150)
         assert files_of(folder) == expected_files(partial, make_frame(150)[0])
-    tiny = FrameStore(tmp_path / "tiny", keys=KEYS, max_bytes=FRAME_BYTES - 1)
+    tiny = FrameStore(tmp_path / "tiny", site="berlin", keys=KEYS, max_bytes=FRAME_BYTES - 1)
     with closing(tiny), pytest.raises(OversizedError, match="is 1 bytes too many"):
         tiny.begin(make_frame(50)[0])
 
@@ -305,8 +458,8 @@ def test_a_transfer_resumes_after_a_restart_with_what_is_really_on_disk(
     with part.open("r+b") as file:
         file.seek(MIN_CHUNK_BYTES + 5)
         file.write(b"torn")
-    with closing(FrameStore(folder, keys=KEYS)) as reopened:
-        assert reopened.newest("tokyo") is None
+    with closing(FrameStore(folder, site="berlin", keys=KEYS)) as reopened:
+        assert newest_of(reopened, "tokyo") is None
         reopened.prune(keep_frame_ids=())
         assert reopened.begin(signed) == {0, 3}
         put_chunks(reopened, signed, content, frozenset({1, 2}))
@@ -320,7 +473,7 @@ def test_a_partial_frame_left_over_goes_when_it_is_superseded_or_abandoned(
     for step in (50, 100, 200):
         store.begin(make_frame(step)[0])
     store.close()
-    with closing(FrameStore(folder, keys=KEYS)) as reopened:
+    with closing(FrameStore(folder, site="berlin", keys=KEYS)) as reopened:
         newer = fetch(reopened, 150).signed
         reopened.prune(keep_frame_ids=[make_frame(50)[0].frame_id])
         left = make_frame(50)[0], make_frame(200)[0]
@@ -336,7 +489,7 @@ def test_a_partial_frame_of_any_size_is_continued(folder: Path, store: FrameStor
     store.begin(signed)
     store.close()
     (folder / "frames" / f"{signed.frame_id}.part").write_bytes(bytes(size))
-    with closing(FrameStore(folder, keys=KEYS)) as reopened:
+    with closing(FrameStore(folder, site="berlin", keys=KEYS)) as reopened:
         assert reopened.begin(signed) == frozenset()
         put_chunks(reopened, signed, content)
         assert reopened.complete(signed.frame_id).path.read_bytes() == content
@@ -366,9 +519,9 @@ def test_what_belongs_to_nothing_is_removed_on_opening(folder: Path, store: Fram
     (folder / "site.json.tmp").write_bytes(b"")
     (frames / "a.tmp").write_bytes(b"")
     (manifests / "b.manifest.tmp").write_bytes(b"")
-    with closing(FrameStore(folder, keys=KEYS)) as reopened:
+    with closing(FrameStore(folder, site="berlin", keys=KEYS)) as reopened:
         assert files_of(folder) == expected_files(kept) | expected_files(partial, suffix="part")
-        newest = reopened.newest("tokyo")
+        newest = newest_of(reopened, "tokyo")
         assert newest is not None and newest.signed == kept
 
 
@@ -383,7 +536,7 @@ def test_a_frame_found_damaged_on_reading_is_dropped(folder: Path, store: FrameS
     else:
         newer.path.unlink()
     assert store.read_chunk(newer.signed.frame_id, 0) is None
-    assert store.newest("tokyo") == older
+    assert newest_of(store, "tokyo") == older
     assert files_of(folder) == expected_files(older.signed)
     assert fetch(store, 100) == newer, "it can be fetched again"
 
@@ -413,7 +566,7 @@ def test_a_damaged_site_file_is_named_and_nothing_is_touched(
     path.write_bytes(text.encode(errors="surrogateescape"))
     before = files_of(folder)
     with pytest.raises(RunFolderError, match=r"site\.json"):
-        FrameStore(folder, keys=KEYS)
+        FrameStore(folder, site="berlin", keys=KEYS)
     assert files_of(folder) == before
 
 
@@ -421,15 +574,15 @@ def test_a_damaged_site_file_is_named_and_nothing_is_touched(
 @given(st.data())
 def test_a_damaged_manifest_file_costs_at_most_its_frame(tmp_path: Path, data: st.DataObject) -> None:
     folder = tmp_path / "store"
-    with closing(FrameStore(folder, keys=KEYS)) as store:
+    with closing(FrameStore(folder, site="berlin", keys=KEYS)) as store:
         stored = fetch(store, 50)
     path = folder / "manifests" / f"{stored.signed.frame_id}.manifest"
     raw = bytearray(path.read_bytes())
     start = data.draw(st.integers(0, len(raw) - 1))
     raw[start : start + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=40))
     path.write_bytes(raw)
-    with closing(FrameStore(folder, keys=KEYS)) as reopened:
-        assert reopened.newest("tokyo") in (None, stored)
+    with closing(FrameStore(folder, site="berlin", keys=KEYS)) as reopened:
+        assert newest_of(reopened, "tokyo") in (None, stored)
         assert fetch(reopened, 50) == stored
 
 
@@ -472,33 +625,48 @@ def full_disk() -> OSError:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def own_delta() -> SignedManifest:
+    return make_frame(100, origin="berlin", identity=BERLIN, base=50)[0]
+
+
 def work(store: FrameStore, outbox: Path) -> None:
-    """All that a store does to the disk, from version 50 of both sites on to version 100."""
-    adopt(store, 100, outbox)
+    """All that a store does to the disk, on from version 50 of berlin and 100 of tokyo."""
+    adopt(store, 100, outbox, base=50)
     store.pin_schema("tokyo", b"\7" * 32)
     store.save_incarnation(2)
     abandoned, content = make_frame(75)
     put_chunks(store, abandoned, content, frozenset({0}) - store.begin(abandoned))
     store.abandon(abandoned.frame_id)
-    fetch(store, 100)
-    store.prune(keep_frame_ids=())
+    fetch_delta(store, 150)
+    adopt_local_keyframe(store, 150, outbox)
+    own = make_frame(50, origin="berlin", identity=BERLIN)[0]
+    store.prune(keep_frame_ids=[own.frame_id, own_delta().frame_id])
 
 
 def prepare(folder: Path, outbox: Path) -> FrameStore:
-    store = FrameStore(folder, keys=KEYS)
+    store = FrameStore(folder, site="berlin", keys=KEYS)
+    adopt(store, 0, outbox)
     adopt(store, 50, outbox)
     fetch(store, 50)
+    fetch_delta(store, 100)
     store.save_incarnation(1)
     return store
 
 
+def chain_step(store: FrameStore, origin: str) -> int | None:
+    """Where the chain of `origin` leads to, every frame of it read in full."""
+    chain = store.chain(origin)
+    assert all(read_frame(store, stored) == stored.path.read_bytes() for stored in chain)
+    return chain[-1].version.step if chain else None
+
+
 def assert_done(store: FrameStore, folder: Path) -> None:
-    own, fetched = store.newest("berlin"), store.newest("tokyo")
-    assert own is not None and fetched is not None
-    assert own.signed.manifest.version == fetched.signed.manifest.version == Version(1, 100)
-    assert read_frame(store, own) is not None and read_frame(store, fetched) is not None
+    assert (chain_step(store, "berlin"), chain_step(store, "tokyo")) == (100, 150)
+    assert steps_of(store.frames("berlin")) == [("keyframe", 50), ("delta", 100)]
+    assert steps_of(store.frames("tokyo")) == [("keyframe", 150)]
     assert (store.incarnation, store.pinned_schema("tokyo")) == (2, b"\7" * 32)
-    assert files_of(folder) == expected_files(own.signed, fetched.signed) | {"site.json"}
+    left = (stored.signed for origin in KEYS for stored in store.frames(origin))
+    assert files_of(folder) == expected_files(*left) | {"site.json"}
 
 
 def count_calls(folder: Path, outbox: Path) -> int:
@@ -508,7 +676,7 @@ def count_calls(folder: Path, outbox: Path) -> int:
         return disk.num_calls
 
 
-def test_a_crash_between_any_two_writes_leaves_the_last_complete_version(tmp_path: Path) -> None:
+def test_a_crash_between_any_two_writes_leaves_the_last_complete_chain(tmp_path: Path) -> None:
     outbox = tmp_path / "outbox"
     num_calls = count_calls(tmp_path / "counting", outbox)
     assert num_calls > 30
@@ -519,15 +687,30 @@ def test_a_crash_between_any_two_writes_leaves_the_last_complete_version(tmp_pat
             with pytest.raises(Crash):
                 work(store, outbox)
             assert disk.num_faults >= 1
-        with closing(FrameStore(folder, keys=KEYS)) as reopened:
-            for origin in KEYS:
-                newest = reopened.newest(origin)
-                assert newest is not None and newest.signed.manifest.version.step in (50, 100)
-                assert read_frame(reopened, newest) == newest.path.read_bytes()
+        with closing(FrameStore(folder, site="berlin", keys=KEYS)) as reopened:
+            assert chain_step(reopened, "berlin") in (50, 100)
+            assert chain_step(reopened, "tokyo") in (100, 150)
             assert reopened.incarnation in (1, 2)
             assert not any(name.endswith(".tmp") for name in files_of(folder))
             work(reopened, outbox)
             assert_done(reopened, folder)
+
+
+def test_a_crash_while_a_chain_is_dropped_leaves_all_of_it_or_none(tmp_path: Path) -> None:
+    left = set()
+    for nth in range(1, 10):
+        folder = tmp_path / f"crash-{nth}"
+        with (
+            closing(prepare(folder, tmp_path / "outbox")) as store,
+            pytest.MonkeyPatch.context() as monkeypatch,
+        ):
+            FaultyDisk(monkeypatch, nth, Crash)
+            with contextlib.suppress(Crash):
+                store.drop("tokyo")
+        with closing(FrameStore(folder, site="berlin", keys=KEYS)) as reopened:
+            left.add(chain_step(reopened, "tokyo"))
+            assert chain_step(reopened, "berlin") == 50
+    assert left == {100, None}
 
 
 def test_a_disk_that_is_full_at_any_write_leaves_the_store_usable(tmp_path: Path) -> None:
@@ -541,12 +724,11 @@ def test_a_disk_that_is_full_at_any_write_leaves_the_store_usable(tmp_path: Path
                 with pytest.raises(OSError, match="No space left"):
                     work(store, outbox)
                 assert disk.num_faults == 1
-            for origin in KEYS:
-                newest = store.newest(origin)
-                assert newest is not None and read_frame(store, newest) is not None
+            assert chain_step(store, "berlin") in (50, 100)
+            assert chain_step(store, "tokyo") in (100, 150)
             work(store, outbox)
             assert_done(store, folder)
-        with closing(FrameStore(folder, keys=KEYS)) as reopened:
+        with closing(FrameStore(folder, site="berlin", keys=KEYS)) as reopened:
             assert_done(reopened, folder)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from p2pcodistill import telemetry
+from p2pcodistill.checkpoint.chain import cheapest_path, reachable
 from p2pcodistill.checkpoint.manifest import (
     MIN_CHUNK_BYTES,
     Manifest,
@@ -26,8 +27,11 @@ from p2pcodistill.gossip.protocol import (
     Action,
     BeginFetch,
     CompleteFrame,
+    DropChain,
     Event,
     FetchBegun,
+    FetchRefused,
+    FrameLost,
     FramePublished,
     FrameStored,
     Gossip,
@@ -36,6 +40,7 @@ from p2pcodistill.gossip.protocol import (
     PinSchema,
     RaiseIncarnation,
     Report,
+    RequestKeyframe,
     SendPayload,
     ServeChunk,
     StoreChunk,
@@ -61,7 +66,15 @@ class Frame:
 
     @property
     def version(self) -> Version:
-        return self.signed.manifest.version
+        return self.signed.version
+
+    @property
+    def base(self) -> Version | None:
+        return self.signed.base
+
+    @property
+    def num_bytes(self) -> int:
+        return self.signed.num_bytes
 
 
 class Sites:
@@ -83,9 +96,14 @@ class Sites:
         content: str = "",
         chunk_bytes: int = MIN_CHUNK_BYTES,
         signer: str | None = None,
+        base: Version | int | None = None,
+        num_fp16_bytes: int | None = None,
     ) -> Frame:
-        """A frame that `origin` (or, falsely, `signer`) signed; `content` tells frames of one version apart."""
-        seed = f"{origin} {incarnation} {step} {content}".encode()
+        """A frame that `origin` (or, falsely, `signer`) signed; `content` tells frames of one version apart.
+
+        It is a keyframe, or a delta frame on top of `base`, which is a step of the same incarnation or a version.
+        """
+        seed = f"{origin} {incarnation} {step} {base} {content}".encode()
         blocks = [hashlib.sha256(seed + index.to_bytes(4, "big")).digest() for index in range(num_chunks)]
         data = b"".join(block * (chunk_bytes // 32) for block in blocks[:-1]) + blocks[-1] * 32
         data = data[: (num_chunks - 1) * chunk_bytes + 1000]
@@ -93,16 +111,26 @@ class Sites:
             run=run,
             origin=origin,
             version=Version(incarnation, step),
-            kind="keyframe",
+            base=Version(incarnation, base) if isinstance(base, int) else base,
             codec="test",
             schema_hash=hashlib.sha256(schema.encode()).digest(),
-            num_fp16_bytes=2 * len(data),
+            num_fp16_bytes=2 * len(data) if num_fp16_bytes is None else num_fp16_bytes,
             num_bytes=len(data),
             chunk_bytes=chunk_bytes,
             chunk_digests=digest_chunks(data, chunk_bytes),
         )
         chunks = tuple(data[start : start + chunk_bytes] for start in range(0, len(data), chunk_bytes))
         return Frame(sign_manifest(manifest, self.identities[signer or origin]), chunks)
+
+    def chain(self, origin: str, last_step: int, *, num_chunks: int = 2) -> list[Frame]:
+        """A keyframe of step 0, of 9 chunks, and a delta frame of `num_chunks` for each step up to `last_step`."""
+        deltas = [
+            self.frame(
+                origin, step, base=step - 1, num_chunks=num_chunks, num_fp16_bytes=10 * MIN_CHUNK_BYTES
+            )
+            for step in range(1, last_step + 1)
+        ]
+        return [self.frame(origin, 0, num_chunks=9, num_fp16_bytes=10 * MIN_CHUNK_BYTES), *deltas]
 
     def node(self, name: str, **settings: Any) -> Node:
         """The node of a member; `settings` as of `Node`."""
@@ -123,20 +151,28 @@ class Store:
     frames: dict[str, Frame] = field(default_factory=dict)
     partials: dict[str, tuple[SignedManifest, dict[int, bytes]]] = field(default_factory=dict)
 
-    def newest(self) -> dict[str, Frame]:
-        """The newest complete frame of each origin."""
-        newest: dict[str, Frame] = {}
-        for frame in self.frames.values():
-            origin = frame.signed.manifest.origin
-            if origin not in newest or frame.version > newest[origin].version:
-                newest[origin] = frame
-        return newest
+    def frames_of(self, origin: str) -> list[Frame]:
+        """The complete frames of an origin, by version, of one version the delta frame first."""
+        frames = [frame for frame in self.frames.values() if frame.signed.manifest.origin == origin]
+        return sorted(frames, key=lambda frame: (frame.version, frame.base is None, frame.frame_id))
+
+    def chain(self, origin: str) -> list[Frame]:
+        """The cheapest path from nothing to the highest version that can be reached."""
+        frames = self.frames_of(origin)
+        return cheapest_path(frames, None, reachable(frames)) or []
+
+    def held(self, origin: str) -> Version | None:
+        """Where the chain leads to."""
+        chain = self.chain(origin)
+        return chain[-1].version if chain else None
 
 
 class Node:
     """Carries out actions as the node does, over a store in memory, and checks what the protocol owes it.
 
-    `sent` holds what is to be delivered, `events` what was reported, `offered` what the group was handed.
+    `sent` holds what is to be delivered, `events` what was reported, `offered` what the group was handed, `refuses` a
+    reason for the store to refuse whatever is to be fetched. A keyframe that the protocol requests is made by the test,
+    unless `obliging_ranks` do it at once.
     """
 
     def __init__(
@@ -148,6 +184,7 @@ class Node:
         students: Sequence[str] = (),
         store: Store | None = None,
         window_bytes: int = 4 * MIN_CHUNK_BYTES,
+        obliging_ranks: bool = False,
         **changes: Any,
     ) -> None:
         self.sites = sites
@@ -159,6 +196,11 @@ class Node:
         self.events: list[telemetry.Event] = []
         self.offered: list[SignedManifest] = []
         self.num_chunks_served = 0
+        self.num_keyframes_requested = 0
+        self.is_keyframe_wanted = False
+        self.obliging_ranks = obliging_ranks
+        self.refuses: str | None = None
+        self._reached: dict[str, Version] = {}
         settings: dict[str, Any] = {
             "site": name,
             "run": RUN,
@@ -168,7 +210,8 @@ class Node:
             "members_digest": members_digest(sites.members),
             "topology_digest": bytes(32),
             "incarnation": self.store.incarnation,
-            "stored": {origin: frame.signed for origin, frame in self.store.newest().items()},
+            "held": {teacher: held for teacher in teachers if (held := self.store.held(teacher))},
+            "own_frames": [frame.signed for frame in self.store.frames_of(name)],
             "pinned_schemas": dict(self.store.pins),
             "max_frame_bytes": MAX_FRAME_BYTES,
             "window_bytes": window_bytes,
@@ -179,6 +222,18 @@ class Node:
         """Adopt a frame of this site."""
         self.store.frames[frame.frame_id] = frame
         return self.feed(FramePublished(frame.signed))
+
+    def keyframe_of(self, origin: str, *, num_chunks: int = 9) -> Frame:
+        """A keyframe of the newest version of `origin` in the store."""
+        newest = self.store.frames_of(origin)[-1]
+        return self.sites.frame(
+            origin,
+            newest.version.step,
+            incarnation=newest.version.incarnation,
+            num_chunks=num_chunks,
+            content="made later",
+            num_fp16_bytes=newest.signed.manifest.num_fp16_bytes,
+        )
 
     def receive(self, peer: str, message: Message) -> list[Action]:
         """`peer` sent `message`."""
@@ -191,21 +246,25 @@ class Node:
         while events:
             for action in self.gossip.handle(events.popleft(), self.now_s):
                 done.append(action)
-                follow_up = self._perform(action)
-                if follow_up is not None:
-                    events.append(follow_up)
-            for credit_bytes in self.gossip.credit_bytes.values():
-                assert 0 <= credit_bytes <= self.window_bytes
+                events += self._perform(action)
         return done
 
     def prune(self) -> None:
         """Drop what the protocol does not need, and partial frames that were superseded while nobody was there."""
-        store, newest, in_use = self.store, self.store.newest(), self.gossip.frames_in_use(self.now_s)
-        kept = {frame.frame_id for frame in newest.values()} | in_use
-        store.frames = {frame_id: frame for frame_id, frame in store.frames.items() if frame_id in kept}
+        store, in_use = self.store, self.gossip.frames_in_use(self.now_s)
+        held = {origin: store.held(origin) for origin in MEMBERS}
+        kept = {
+            frame.frame_id for origin in MEMBERS if origin != self.name for frame in store.chain(origin)
+        } | in_use
+        for frame_id, frame in list(store.frames.items()):
+            origin = frame.signed.manifest.origin
+            reached = held[origin]
+            is_ahead = origin != self.name and (reached is None or frame.version > reached)
+            if frame_id not in kept and not is_ahead:
+                del store.frames[frame_id]
         for frame_id, (signed, _) in list(store.partials.items()):
-            superseding = newest.get(signed.manifest.origin)
-            if frame_id not in in_use and superseding and superseding.version >= signed.manifest.version:
+            reached = held[signed.manifest.origin]
+            if frame_id not in in_use and reached is not None and reached >= signed.version:
                 del store.partials[frame_id]
 
     def take_messages(self) -> list[tuple[str, Message]]:
@@ -229,7 +288,7 @@ class Node:
     def _send(self, peer: str, message: Message) -> None:
         self.sent.append(SendPayload(peer, lane_of(message), encode_message(message)))
 
-    def _perform(self, action: Action) -> Event | None:
+    def _perform(self, action: Action) -> list[Event]:
         store = self.store
         match action:
             case SendPayload(payload=payload):
@@ -240,26 +299,32 @@ class Node:
                     assert num_bytes <= self.window_bytes
                 self.sent.append(action)
             case BeginFetch(signed):
+                if self.refuses is not None:
+                    return [FetchRefused(signed.frame_id, self.refuses, "no room")]
+                if signed.frame_id in store.frames:
+                    return [FetchBegun(signed.frame_id, frozenset(range(signed.manifest.num_chunks)))]
                 _, present = store.partials.setdefault(signed.frame_id, (signed, {}))
-                return FetchBegun(signed.frame_id, frozenset(present))
+                return [FetchBegun(signed.frame_id, frozenset(present))]
             case StoreChunk(frame_id, index, data):
                 signed, present = store.partials[frame_id]
                 assert index not in present
                 assert hashlib.sha256(data).digest() == signed.manifest.chunk_digests[index]
                 present[index] = data
             case CompleteFrame(frame_id):
-                signed, present = store.partials.pop(frame_id)
-                assert len(present) == signed.manifest.num_chunks
-                store.frames[frame_id] = Frame(signed, tuple(present[i] for i in range(len(present))))
-                return FrameStored(frame_id)
+                if frame_id not in store.frames:
+                    signed, present = store.partials.pop(frame_id)
+                    assert len(present) == signed.manifest.num_chunks
+                    store.frames[frame_id] = Frame(signed, tuple(present[i] for i in range(len(present))))
+                return [FrameStored(frame_id, store.held(store.frames[frame_id].signed.manifest.origin))]
             case AbandonFrame(frame_id):
-                del store.partials[frame_id]
+                store.partials.pop(frame_id, None)
             case ServeChunk(peer, frame_id, index):
                 if frame_id in store.frames:
                     self.num_chunks_served += 1
                     self._send(peer, Chunk(frame_id, index, store.frames[frame_id].chunks[index]))
                 else:
                     self._send(peer, Gone(frame_id))
+                    return [FrameLost(frame_id)]
             case PinSchema(origin, schema_hash):
                 assert store.pins.get(origin) != schema_hash
                 store.pins[origin] = schema_hash
@@ -267,29 +332,47 @@ class Node:
                 assert incarnation > store.incarnation
                 store.incarnation = incarnation
                 return self._publish_again()
+            case RequestKeyframe():
+                self.num_keyframes_requested += 1
+                self.is_keyframe_wanted = True
+                if self.obliging_ranks:
+                    frame = self.keyframe_of(self.name)
+                    store.frames[frame.frame_id] = frame
+                    self.is_keyframe_wanted = False
+                    return [FramePublished(frame.signed)]
+            case DropChain(origin):
+                for frame in store.frames_of(origin):
+                    del store.frames[frame.frame_id]
+                self._reached.pop(origin, None)
             case OfferFrame(signed):
                 self._check_offer(signed)
                 self.offered.append(signed)
             case Report(event):
                 self.events.append(event)
-        return None
+        return []
 
-    def _publish_again(self) -> Event | None:
-        newest = self.store.newest().get(self.name)
-        if newest is None:
-            return None
-        manifest = newest.signed.manifest
-        version = Version(self.store.incarnation, manifest.version.step)
-        signed = sign_manifest(replace(manifest, version=version), self.sites.identities[self.name])
-        self.store.frames[signed.frame_id] = Frame(signed, newest.chunks)
-        return FramePublished(signed)
+    def _publish_again(self) -> list[Event]:
+        renewed: list[Event] = []
+        in_use = self.gossip.frames_in_use(self.now_s)
+        for frame in self.store.frames_of(self.name):
+            if frame.frame_id not in in_use:
+                continue
+            base = frame.base and Version(self.store.incarnation, frame.base.step)
+            version = Version(self.store.incarnation, frame.version.step)
+            manifest = replace(frame.signed.manifest, version=version, base=base)
+            signed = sign_manifest(manifest, self.sites.identities[self.name])
+            self.store.frames[signed.frame_id] = Frame(signed, frame.chunks)
+            renewed.append(FramePublished(signed))
+        return renewed
 
     def _check_offer(self, signed: SignedManifest) -> None:
         manifest = signed.manifest
         assert verify_manifest(signed.body, signed.signature, self.sites.members[manifest.origin]) == signed
         assert self.store.frames[signed.frame_id].signed == signed
-        for earlier in self.offered:
-            assert earlier.manifest.origin != manifest.origin or earlier.manifest.version < manifest.version
+        held, before = self.store.held(manifest.origin), self._reached.get(manifest.origin)
+        assert held is not None and held >= signed.version
+        assert before is None or before < held
+        self._reached[manifest.origin] = held
 
 
 @pytest.fixture(scope="session")

@@ -18,17 +18,16 @@ from p2pcodistill.errors import (
     UnknownPeerError,
 )
 from p2pcodistill.gossip.announce import Accepted, Announcements
-from p2pcodistill.gossip.messages import Announce
+from p2pcodistill.gossip.messages import Announce, CatchUp
 
 CAP_BYTES = 8 * MIN_CHUNK_BYTES
 
 
 def announcements_of(sites: Any, **changes: Any) -> Announcements:
     settings = {
-        "site": "berlin",
         "run": "run",
         "teachers": {"tokyo": sites.members["tokyo"], "lima": sites.members["lima"]},
-        "newest": {},
+        "held": {},
         "pinned_schemas": {},
         "max_chunk_bytes": 4 * MIN_CHUNK_BYTES,
         "max_frame_bytes": CAP_BYTES,
@@ -38,6 +37,19 @@ def announcements_of(sites: Any, **changes: Any) -> Announcements:
 
 def announce(frame: Any) -> Announce:
     return Announce(frame.signed.body, frame.signed.signature)
+
+
+def told(sites: Any, *frames: Any) -> Announcements:
+    """What knows these frames from announcements."""
+    announcements = announcements_of(sites)
+    for frame in frames:
+        announcements.accept(frame.signed.manifest.origin, announce(frame))
+    return announcements
+
+
+def path_of(*frames: Any) -> list[Announce]:
+    last = len(frames) - 1
+    return [Announce(f.signed.body, f.signed.signature, last - index) for index, f in enumerate(frames)]
 
 
 def test_the_newest_version_wins(sites: Any) -> None:
@@ -53,19 +65,19 @@ def test_the_newest_version_wins(sites: Any) -> None:
 
 def test_the_same_announcement_again_is_accepted_but_not_new(sites: Any) -> None:
     frame = sites.frame("tokyo", 50)
-    announcements = announcements_of(sites, newest={"tokyo": frame.signed})
+    announcements = told(sites, frame)
 
-    accepted = announcements.accept("tokyo", announce(frame))
-
-    assert not accepted.is_new
-    assert accepted.signed == frame.signed
+    assert announcements.accept("tokyo", announce(frame)) == Accepted((frame.signed,), False, False)
 
 
 def test_what_the_store_holds_is_known(sites: Any) -> None:
-    stored = {site: sites.frame(site, 50, incarnation=3).signed for site in ("berlin", "tokyo")}
-    announcements = announcements_of(sites, newest=stored)
+    frame = sites.frame("tokyo", 50, incarnation=3)
+    announcements = announcements_of(
+        sites, held={"tokyo": frame.version}, pinned_schemas={"tokyo": frame.signed.manifest.schema_hash}
+    )
 
-    assert announcements.known_incarnation("berlin") == announcements.known_incarnation("tokyo") == 3
+    assert announcements.known_incarnation("tokyo") == 3
+    assert not announcements.accept("tokyo", announce(frame)).is_new
     with pytest.raises(ReplayedError):
         announcements.accept("tokyo", announce(sites.frame("tokyo", 49, incarnation=3)))
 
@@ -93,16 +105,14 @@ def test_refusals(
     sites: Any, peer: str, change: dict[str, Any], error: type[RefusedError], words: str
 ) -> None:
     first = sites.frame("tokyo", 50)
-    announcements = announcements_of(
-        sites, newest={"tokyo": first.signed}, pinned_schemas={"tokyo": first.signed.manifest.schema_hash}
-    )
+    announcements = told(sites, first)
 
     with pytest.raises(error, match=words):
         announcements.accept(peer, announce(sites.frame(**({"origin": "tokyo", "step": 51} | change))))
 
     assert not announcements.accept("tokyo", announce(first)).is_new
     assert announcements.accept("tokyo", announce(sites.frame("tokyo", 51))) == Accepted(
-        sites.frame("tokyo", 51).signed, is_new=True, pins_schema=False
+        (sites.frame("tokyo", 51).signed,), is_new=True, pins_schema=False
     )
 
 
@@ -116,9 +126,7 @@ def test_a_refused_first_announcement_pins_nothing(sites: Any) -> None:
 
 def test_a_higher_incarnation_may_bring_another_schema_which_is_pinned_from_then_on(sites: Any) -> None:
     first = sites.frame("tokyo", 50, incarnation=2)
-    announcements = announcements_of(
-        sites, newest={"tokyo": first.signed}, pinned_schemas={"tokyo": first.signed.manifest.schema_hash}
-    )
+    announcements = told(sites, first)
 
     mended = announcements.accept("tokyo", announce(sites.frame("tokyo", 1, incarnation=3, schema="wider")))
     again = announcements.accept("tokyo", announce(sites.frame("tokyo", 2, incarnation=3, schema="wider")))
@@ -167,38 +175,94 @@ def test_signed_nonsense_is_malformed(sites: Any) -> None:
         announcements_of(sites).accept("tokyo", Announce(body, signature))
 
 
-def test_only_the_newest_own_frame_is_announced(sites: Any) -> None:
+# --- chains --------------------------------------------------------------------------------------------------
+
+
+def test_a_delta_frame_and_a_keyframe_of_one_version_are_the_same_checkpoint(sites: Any) -> None:
+    delta, keyframe = sites.frame("tokyo", 50, base=49), sites.frame("tokyo", 50)
+    announcements = told(sites, delta)
+
+    assert not announcements.accept("tokyo", announce(keyframe)).is_new
+    assert not announcements.accept("tokyo", announce(delta)).is_new
+    with pytest.raises(ReplayedError, match="two different checkpoints"):
+        announcements.accept("tokyo", announce(sites.frame("tokyo", 50, base=48)))
+
+
+def test_a_path_counts_when_it_is_complete(sites: Any) -> None:
+    frames = sites.chain("tokyo", 2)
+    announcements = announcements_of(sites, max_frame_bytes=1 << 20)
+    first, second, third = path_of(*frames)
+
+    assert announcements.collect("tokyo", first, CatchUp(None)) is None
+    assert announcements.collect("tokyo", second, CatchUp(None)) is None
+    assert announcements.known_incarnation("tokyo") == 0
+    accepted = announcements.collect("tokyo", third, CatchUp(None))
+
+    signed = tuple(frame.signed for frame in frames)
+    assert accepted == Accepted(signed, is_new=True, pins_schema=True)
+    again = [announcements.collect("tokyo", part, CatchUp(None)) for part in (first, second, third)]
+    assert again == [None, None, Accepted(signed, is_new=False, pins_schema=False)]
+
+
+def refused_in_a_path(sites: Any, case: str) -> list[Announce]:
+    """A path from step 10 to 13 in which something is wrong."""
+    frames = [sites.frame("tokyo", step, base=step - 1, num_chunks=1) for step in (11, 12, 13)]
+    first, _, third = path_of(*frames)
+    return {
+        "starts elsewhere": path_of(*frames[1:]),
+        "has a gap": path_of(frames[0], frames[2]),
+        "lacks a part": [first, third],
+        "changes tensors": path_of(*frames[:2], sites.frame("tokyo", 13, base=12, schema="other")),
+        "is forged": path_of(frames[0], sites.frame("tokyo", 12, base=11, signer="lima"), frames[2]),
+        "goes back": path_of(*frames[:1]),
+    }[case]
+
+
+@pytest.mark.parametrize(
+    ("case", "error"),
+    [
+        ("starts elsewhere", MalformedError),
+        ("has a gap", MalformedError),
+        ("lacks a part", MalformedError),
+        ("changes tensors", SchemaMismatchError),
+        ("is forged", SignatureError),
+        ("goes back", ReplayedError),
+    ],
+)
+def test_a_path_that_is_wrong_anywhere_is_refused_once_and_as_a_whole(
+    sites: Any, case: str, error: type[RefusedError]
+) -> None:
+    announcements = told(sites, sites.frame("tokyo", 12))
+    asked = CatchUp(sites.frame("tokyo", 10).version)
+    errors = []
+    for part in refused_in_a_path(sites, case):
+        try:
+            assert announcements.collect("tokyo", part, asked) is None
+        except RefusedError as refusal:
+            errors.append(type(refusal))
+    assert errors == [error]
+
+    whole = path_of(*(sites.frame("tokyo", step, base=step - 1, num_chunks=1) for step in (11, 12, 13)))
+    assert [announcements.collect("tokyo", part, asked) for part in whole][-1] is not None
+
+
+def test_a_path_that_nobody_asked_for_is_refused_once(sites: Any) -> None:
     announcements = announcements_of(sites)
-    assert announcements.announce_to("lima", known_incarnation=0) is None
+    parts = path_of(*(sites.frame("tokyo", step, base=step - 1 or None, num_chunks=1) for step in (1, 2, 3)))
 
-    newer, older = sites.frame("berlin", 50), sites.frame("berlin", 40)
-    assert announcements.publish(newer.signed)
-    assert not announcements.publish(older.signed)
+    with pytest.raises(MalformedError, match="nobody asked"):
+        announcements.collect("tokyo", parts[0], None)
+    assert [announcements.collect("tokyo", part, None) for part in parts[1:]] == [None, None]
+    assert announcements.known_incarnation("tokyo") == 0
 
-    assert announcements.announce_to("lima", known_incarnation=1) == announce(newer)
 
-
-def test_nothing_is_announced_under_an_incarnation_that_the_student_has_left_behind(sites: Any) -> None:
-    announcements = announcements_of(
-        sites, newest={"berlin": sites.frame("berlin", 50, incarnation=2).signed}
+def test_a_path_ends_with_its_session(sites: Any) -> None:
+    first, second = path_of(
+        *(sites.frame("tokyo", step, base=step - 1 or None, num_chunks=1) for step in (1, 2))
     )
-    assert announcements.announce_to("lima", known_incarnation=2) is not None
-    assert announcements.announce_to("lima", known_incarnation=3) is None
+    announcements = announcements_of(sites)
+    announcements.collect("tokyo", first, CatchUp(None))
+    announcements.close("tokyo")
 
-    announcements.publish(sites.frame("berlin", 50, incarnation=4).signed)
-
-    assert announcements.announce_to("lima", known_incarnation=3) is not None
-
-
-def test_a_past_life_is_what_was_neither_remembered_nor_told(sites: Any) -> None:
-    announcements = announcements_of(
-        sites, newest={"berlin": sites.frame("berlin", 50, incarnation=2).signed}
-    )
-    assert not announcements.is_from_past_life("lima", 2)
-    assert announcements.is_from_past_life("lima", 3)
-
-    announcements.publish(sites.frame("berlin", 50, incarnation=4).signed)
-    announcements.announce_to("lima", known_incarnation=2)
-
-    assert not announcements.is_from_past_life("lima", 4)
-    assert announcements.is_from_past_life("tokyo", 4)
+    with pytest.raises(MalformedError):
+        announcements.collect("tokyo", second, CatchUp(None))

@@ -61,8 +61,8 @@ def test_ready_peers_are_in_member_order(membership: Membership) -> None:
     ("change", "words"),
     [
         (
-            {"protocol_version": 2},
-            "tokyo speaks version 2 of the protocol, this site version 1: install the same",
+            {"protocol_version": 1},
+            "tokyo speaks version 1 of the protocol, this site version 2: install the same",
         ),
         ({"run": "other\x1b"}, r"run 'other\\x1b', this site to run 'run': give both the same run name"),
         ({"members_digest": bytes(32), "topology_digest": bytes(32)}, "tokyo lists other members: [^;]*$"),

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pcodistill.checkpoint.manifest import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES
+from p2pcodistill.checkpoint.chain import MAX_CHAIN_FRAMES
+from p2pcodistill.checkpoint.manifest import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, Version
 from p2pcodistill.errors import MalformedError, OversizedError
 from p2pcodistill.gossip.messages import (
     MAX_HEADER_BYTES,
@@ -15,6 +16,7 @@ from p2pcodistill.gossip.messages import (
     MAX_WHY_CHARS,
     PROTOCOL_VERSION,
     Announce,
+    CatchUp,
     Chunk,
     Finished,
     Gone,
@@ -39,7 +41,13 @@ messages = st.one_of(
     st.builds(
         Hello, st.just(PROTOCOL_VERSION), st.text(printable, max_size=64), digests, digests, numbers, numbers
     ),
-    st.builds(Announce, st.binary(max_size=300), st.binary(min_size=64, max_size=64)),
+    st.builds(
+        Announce,
+        st.binary(max_size=300),
+        st.binary(min_size=64, max_size=64),
+        st.none() | st.integers(0, MAX_CHAIN_FRAMES - 1),
+    ),
+    st.builds(CatchUp, st.none() | st.builds(Version, numbers, numbers)),
     st.builds(
         Want, frame_ids, st.sets(numbers, min_size=1, max_size=20).map(lambda indices: tuple(sorted(indices)))
     ),
@@ -88,7 +96,8 @@ def test_the_largest_messages_survive_the_wire() -> None:
         Want(FRAME_ID, tuple(range(high - MAX_WANT_INDICES, high))),
         Refusal("a" * 32, "\N{GRINNING FACE}" * MAX_WHY_CHARS),
         Chunk(FRAME_ID, high, bytes(MAX_CHUNK_BYTES)),
-        Announce(bytes(MAX_MANIFEST_BYTES), bytes(64)),
+        Announce(bytes(MAX_MANIFEST_BYTES), bytes(64), MAX_CHAIN_FRAMES - 1),
+        CatchUp(Version(high, high)),
     ):
         assert decode_message(encode_message(message)) == message
 
@@ -100,7 +109,7 @@ def test_arbitrary_bytes_are_refused_or_are_a_message(payload: tuple[bytes, ...]
     assert message is None or refused_or_message(encode_message(message)) == message
 
 
-@given(st.integers(0, 9), st.lists(values, max_size=7), st.lists(st.binary(max_size=20), max_size=2))
+@given(st.integers(0, 10), st.lists(values, max_size=7), st.lists(st.binary(max_size=20), max_size=2))
 def test_arbitrary_fields_are_refused_or_are_a_message(
     code: int, fields: list[object], bulk: list[bytes]
 ) -> None:
@@ -154,10 +163,19 @@ def pack(*fields: object) -> bytes:
         ((pack(3, RAW_ID, [2, 1]),), "ascending"),
         ((pack(3, RAW_ID, 7),), "of type list"),
         ((pack(3, RAW_ID, list(range(MAX_WANT_INDICES + 1))),), "does not parse"),
-        ((pack(2, bytes(63)), b"body"), "64 bytes, not 63"),
+        ((pack(2, bytes(63), None), b"body"), "64 bytes, not 63"),
+        ((pack(2, bytes(64)), b"body"), "ANNOUNCE has 2 fields, not 1"),
+        ((pack(2, bytes(64), -1), b"body"), "between 0 and"),
+        ((pack(2, bytes(64), True), b"body"), "of type int"),
+        ((pack(2, bytes(64), MAX_CHAIN_FRAMES), b"body"), "at most 64 frames"),
+        ((pack(8, 1),), "CATCH_UP has 2 fields, not 1"),
+        ((pack(8, 1, None),), "of type int"),
+        ((pack(8, None, 1),), "of type int"),
+        ((pack(8, 1, 2**63),), "between 0 and"),
+        ((pack(8, False, False),), "of type int"),
         ((pack(7, "Bad Reason", "why"),), "not a word"),
         ((pack(7, "malformed", "\x1b[2J"),), "printable"),
-        ((pack(1, 1, "run\n", bytes(32), bytes(32), 0, 0),), "printable"),
+        ((pack(1, 2, "run\n", bytes(32), bytes(32), 0, 0),), "printable"),
         ((pack(1),), "HELLO has 6 fields"),
         ((pack(1, "one"),), "of type int"),
     ],
@@ -172,10 +190,10 @@ def test_malformed(payload: tuple[bytes, ...], words: str) -> None:
     [
         (bytes(MAX_HEADER_BYTES + 1),),
         (pack(4, RAW_ID, 0), bytes(MAX_CHUNK_BYTES + 1)),
-        (pack(2, bytes(64)), bytes(MAX_MANIFEST_BYTES + 1)),
+        (pack(2, bytes(64), 0), bytes(MAX_MANIFEST_BYTES + 1)),
         (pack(7, "a" * 33, "why"),),
         (pack(7, "malformed", "a" * (MAX_WHY_CHARS + 1)),),
-        (pack(1, 1, "r" * 65, bytes(32), bytes(32), 0, 0),),
+        (pack(1, 2, "r" * 65, bytes(32), bytes(32), 0, 0),),
     ],
 )
 def test_oversized(payload: tuple[bytes, ...]) -> None:
@@ -209,6 +227,7 @@ def test_only_chunks_are_bulk() -> None:
         for message in (
             Hello(1, "run", bytes(32), bytes(32), 0, 0),
             Announce(b"", b""),
+            CatchUp(None),
             Want(FRAME_ID, (0,)),
             Gone(FRAME_ID),
             Finished(),

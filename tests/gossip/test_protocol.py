@@ -105,7 +105,7 @@ def test_a_session_begins_with_what_is_known(sites: Any) -> None:
         "berlin",
         teachers=("tokyo",),
         incarnation=4,
-        stored={"tokyo": sites.frame("tokyo", 9, incarnation=7).signed},
+        held={"tokyo": Version(7, 9)},
         topology_digest=b"t" * 32,
     )
 
@@ -233,8 +233,8 @@ def test_a_forgotten_life_raises_the_incarnation_before_anything_is_announced(si
     assert node.gossip.incarnation == 4
     ((_, announced),) = node.take_messages()
     assert isinstance(announced, Announce)
-    assert announced.body == node.store.newest()["tokyo"].signed.body
-    assert node.store.newest()["tokyo"].version == Version(4, 5)
+    assert announced.body == node.store.frames_of("tokyo")[-1].signed.body
+    assert node.store.held("tokyo") == Version(4, 5)
 
 
 def test_an_equal_incarnation_is_a_forgotten_life_if_nothing_was_published_under_it(sites: Any) -> None:
@@ -253,8 +253,8 @@ def test_an_equal_incarnation_is_a_forgotten_life_for_whoever_was_not_told(sites
 
 
 def test_what_is_remembered_raises_nothing(sites: Any) -> None:
-    stored = {"tokyo": sites.frame("tokyo", 3, incarnation=2).signed}
-    node = sites.node("tokyo", students=("berlin",), incarnation=2, stored=stored)
+    own = [sites.frame("tokyo", 3, incarnation=2).signed]
+    node = sites.node("tokyo", students=("berlin",), incarnation=2, own_frames=own)
 
     actions = connect(node, "berlin", known_incarnation_of_you=2)
 
@@ -385,7 +385,7 @@ def test_a_checkpoint_travels(teacher: Any, student: Any, sites: Any) -> None:
     assert student.events == [
         PeerConnected("tokyo"),
         VersionAnnounced("tokyo", 1, 50, manifest.num_bytes),
-        FrameFetched("tokyo", 1, 50, manifest.num_bytes, num_resent_bytes=0, duration_s=0.0),
+        FrameFetched("tokyo", 1, 50, "keyframe", manifest.num_bytes, num_resent_bytes=0, duration_s=0.0),
     ]
     assert teacher.refusals() == student.refusals() == []
     assert teacher.num_chunks_served == 9
@@ -404,7 +404,9 @@ def test_a_fetch_takes_as_long_as_it_takes(student: Any, sites: Any) -> None:
 
     actions = student.receive("tokyo", Chunk(frame.frame_id, 0, frame.chunks[0]))
 
-    assert Report(FrameFetched("tokyo", 1, 50, 1000, num_resent_bytes=0, duration_s=2.5)) in actions
+    assert (
+        Report(FrameFetched("tokyo", 1, 50, "keyframe", 1000, num_resent_bytes=0, duration_s=2.5)) in actions
+    )
     assert actions[-1] == OfferFrame(frame.signed)
 
 
@@ -548,7 +550,9 @@ def test_a_want_beyond_the_window_is_refused_and_nothing_is_served(teacher: Any,
 
     assert teacher.refusals() == [("berlin", "malformed")]
     assert teacher.num_chunks_served == 0
-    assert teacher.gossip.frames_in_use(0.0) == frozenset()
+    newer = sites.frame("tokyo", 60)
+    teacher.publish(newer)
+    assert teacher.gossip.frames_in_use(0.0) == {newer.frame_id}
 
 
 def test_a_frame_is_kept_for_its_reader_and_gone_for_others(teacher: Any, student: Any, sites: Any) -> None:
@@ -575,12 +579,12 @@ def test_a_reader_that_went_away_keeps_its_frame_for_a_minute(teacher: Any, site
     teacher.receive("berlin", Want(old.frame_id, (0,)))
     teacher.publish(new)
     teacher.now_s = 1000.0
-    assert teacher.gossip.frames_in_use(1000.0) == {old.frame_id}
+    assert teacher.gossip.frames_in_use(1000.0) == {old.frame_id, new.frame_id}
 
     teacher.feed(PeerClosed("berlin", "unplugged"))
 
-    assert teacher.gossip.frames_in_use(1059.0) == {old.frame_id}
-    assert teacher.gossip.frames_in_use(1060.0) == frozenset()
+    assert teacher.gossip.frames_in_use(1059.0) == {old.frame_id, new.frame_id}
+    assert teacher.gossip.frames_in_use(1060.0) == {new.frame_id}
 
 
 def test_fetched_frames_are_served_like_own_ones(teacher: Any, student: Any, sites: Any) -> None:
@@ -660,7 +664,7 @@ def test_no_payload_raises(sites: Any, state: str, parts: list[bytes]) -> None:
 
 
 def test_events_about_unknown_frames_change_nothing(student: Any) -> None:
-    assert student.feed(FrameStored("00" * 32)) == []
+    assert student.feed(FrameStored("00" * 32, None)) == []
 
 
 def test_the_same_events_give_the_same_actions(sites: Any) -> None:

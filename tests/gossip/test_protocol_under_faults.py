@@ -1,9 +1,9 @@
-"""Three sites, any order of deliveries, and every fault that links, disks and neighbours have in stock.
+"""Three sites, any order of deliveries, and every fault that links, disks, ranks and neighbours have in stock.
 
 The machine checks what must hold at every moment (`conftest.Node` asserts that nothing unverified is stored or offered, that
-credit and every want stay within the window and that offers only get newer; no honest message may be refused as
-malformed), and in the end, once the faults are over, that every
-student holds the newest checkpoint of its teachers.
+every want stays within the window and that every offer is a chain that leads further than the one before; no honest message
+may be refused as malformed; nobody asks for a path more often than something happens), and in the end, once the faults are
+over, that the chains of every student lead to the newest checkpoint of its teachers.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES
+from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES, Version
+from p2pcodistill.gossip.download import MAX_BAD_CHUNKS
 from p2pcodistill.gossip.messages import (
     Announce,
+    CatchUp,
     Chunk,
+    Gone,
     Lane,
     Payload,
     Want,
@@ -26,6 +29,7 @@ from p2pcodistill.gossip.messages import (
     encode_message,
 )
 from p2pcodistill.gossip.protocol import (
+    ChainBroken,
     FramePublished,
     IncarnationRaised,
     PayloadReceived,
@@ -34,7 +38,7 @@ from p2pcodistill.gossip.protocol import (
     Ticked,
     TrainingFinished,
 )
-from p2pcodistill.gossip.transfer import MAX_BAD_CHUNKS
+from p2pcodistill.telemetry import FrameFetched
 
 TEACHERS = {"berlin": ("tokyo", "lima"), "tokyo": ("berlin",), "lima": ("tokyo",)}
 PAIRS = (("berlin", "tokyo"), ("berlin", "lima"), ("tokyo", "lima"))
@@ -65,6 +69,12 @@ class Network(RuleBasedStateMachine):
             link: {lane: deque() for lane in Lane} for link in LINKS
         }
         self.seen: dict[tuple[str, str], list[Payload]] = {link: [] for link in LINKS}
+        self.bases: dict[str, Version | None] = dict.fromkeys(SITES)
+        self.broken: set[tuple[str, str]] = set()
+        self.misled: set[tuple[str, str]] = (
+            set()
+        )  # pairs of which one may have lost its trust in this session
+        self.needs_new_sessions = False  # something was given up until there is news
         self.num_corrupted: Counter[tuple[str, str]] = Counter()
         self.is_open = dict.fromkeys(PAIRS, False)
         self.nodes = {site: self.new_node(site, None) for site in SITES}
@@ -89,6 +99,8 @@ class Network(RuleBasedStateMachine):
     def raise_incarnations(self, *sites: str) -> None:
         """What a node does before it launches its group."""
         for site in sites or SITES:
+            self.bases[site] = None
+            self.nodes[site].is_keyframe_wanted = False
             self.nodes[site].store.incarnation += 1
             self.feed(site, IncarnationRaised(self.nodes[site].store.incarnation))
 
@@ -97,17 +109,26 @@ class Network(RuleBasedStateMachine):
         node = self.nodes[site]
         node.now_s = self.now_s
         node.feed(event)
+        self.faults["keyframe requested"] += node.num_keyframes_requested
+        node.num_keyframes_requested = 0
+        fetched = [event.kind for event in node.events if isinstance(event, FrameFetched)]
+        self.faults["delta frame fetched"] += fetched.count("delta")
         refused = [reason for _, reason in node.refusals()]
         self.faults.update(refused)
         node.events.clear()
         while node.sent:
             action = node.sent.popleft()
-            if self.is_open.get((site, action.peer), self.is_open.get((action.peer, site))):
+            if self.is_open[self.pair_of(site, action.peer)]:
                 self.queues[site, action.peer][action.lane].append(action.payload)
         return refused
 
+    @staticmethod
+    def pair_of(a: str, b: str) -> tuple[str, str]:
+        return (a, b) if (a, b) in PAIRS else (b, a)
+
     def open(self, pair: tuple[str, str]) -> None:
         self.is_open[pair] = True
+        self.misled.discard(pair)
         for site, peer in (pair, pair[::-1]):
             self.feed(site, PeerOpened(peer))
 
@@ -128,12 +149,22 @@ class Network(RuleBasedStateMachine):
         payload = self.queues[link][lane].popleft()
         self.seen[link].append(payload)
         self.num_delivered += 1
-        assert "malformed" not in self.feed(destination, PayloadReceived(source, payload))
+        message = decode_message(payload)
+        self.faults["path"] += isinstance(message, Announce) and message.num_more == 0
+        self.faults["catch-up"] += isinstance(message, CatchUp)
+        self.faults["gone"] += isinstance(message, Gone)
+        refused = self.feed(destination, PayloadReceived(source, payload))
+        assert "malformed" not in refused or self.pair_of(*link) in self.misled
 
     def settle(self) -> None:
-        """Deliver everything; let time pass until nothing more comes of it."""
+        """Deliver everything, make what keyframes are wanted; let time pass until nothing more comes of it."""
         num_quiet = 0
+        num_rounds = 0
         while num_quiet < 3:
+            num_rounds += 1
+            assert num_rounds < 200, "they do not come to rest"
+            for site in SITES:
+                self.oblige(site, num_chunks=5)
             busy = [(link, lane) for link in LINKS for lane in Lane if self.queues[link][lane]]
             for link, lane in busy:
                 while self.queues[link][lane]:
@@ -144,31 +175,56 @@ class Network(RuleBasedStateMachine):
                 self.feed(site, Ticked())
 
     def frames_match(self) -> bool:
-        """Whether every student holds the newest frame of each of its teachers."""
-        newest = {site: self.nodes[site].store.newest() for site in SITES}
-        return all(
-            newest[student].get(teacher) == newest[teacher].get(teacher)
-            for student, teachers in TEACHERS.items()
-            for teacher in teachers
-        )
+        """Whether every student holds a chain to the newest version of each of its teachers, and has handed it on."""
+        for student, teachers in TEACHERS.items():
+            for teacher in teachers:
+                newest = self.nodes[teacher].store.frames_of(teacher)[-1].version
+                if self.nodes[student].store.held(teacher) != newest:
+                    return False
+        return True
 
     # --- the plain way -----------------------------------------------------------------------------------------
 
     @rule(site=names, num_chunks=st.integers(1, 7), steps=st.integers(1, 3))
     def publish(self, site: str, num_chunks: int, steps: int) -> None:
+        """The next frame of a chain: a keyframe if it is the first of this launch, else a delta frame."""
         node = self.nodes[site]
         self.steps[site] += steps
+        base = self.bases[site]
+        if base is not None:  # published in this launch, but perhaps renewed since
+            base = Version(node.store.incarnation, base.step)
         frame = self.sites.frame(
             site,
             self.steps[site],
             incarnation=node.store.incarnation,
-            num_chunks=num_chunks,
+            num_chunks=num_chunks if base is None else (num_chunks + 1) // 2,
             content=f"life {self.num_lives[site]}",
+            base=base,
+            num_fp16_bytes=8 * MIN_CHUNK_BYTES,
         )
-        node.store.frames[frame.frame_id] = frame
+        self.bases[site] = frame.version
+        self.publish_frame(site, frame)
+
+    @rule(site=names, num_chunks=st.integers(3, 7))
+    def oblige(self, site: str, num_chunks: int) -> None:
+        """The ranks make the keyframe that was requested, if this launch has published anything that it could be of."""
+        node, version = self.nodes[site], self.bases[site]
+        if not node.is_keyframe_wanted or version is None:
+            return
+        node.is_keyframe_wanted = False
+        frame = self.sites.frame(
+            site,
+            version.step,
+            incarnation=node.store.incarnation,
+            num_chunks=num_chunks,
+            content=f"life {self.num_lives[site]}, on request",
+            num_fp16_bytes=8 * MIN_CHUNK_BYTES,
+        )
+        self.faults["keyframe made"] += 1
         self.publish_frame(site, frame)
 
     def publish_frame(self, site: str, frame: Any) -> None:
+        self.nodes[site].store.frames[frame.frame_id] = frame
         self.feed(site, FramePublished(frame.signed))
         self.nodes[site].prune()
 
@@ -177,7 +233,7 @@ class Network(RuleBasedStateMachine):
         for _ in range(min(num_payloads, len(self.queues[link][lane]))):
             self.deliver_one(link, lane)
 
-    @rule(num_control=st.integers(0, 12), num_bulk=st.integers(0, 8))
+    @rule(num_control=st.integers(0, 12), num_bulk=st.integers(0, 12))
     def flow(self, num_control: int, num_bulk: int) -> None:
         """What links do most of the time; where it stops, some frames are half on their way."""
         for lane, num_payloads in ((Lane.CONTROL, num_control), (Lane.BULK, num_bulk)):
@@ -229,7 +285,12 @@ class Network(RuleBasedStateMachine):
         earlier = [payload for payload in self.seen[link] if isinstance(decode_message(payload), kind)]
         if earlier:
             payload = data.draw(st.sampled_from(earlier))
+            message = decode_message(payload)
             self.faults["replay"] += 1
+            if isinstance(message, Announce) and message.num_more is not None:
+                # Only the peer itself can do that within a session; its true answer may be taken for a false one then.
+                self.misled.add(self.pair_of(*link))
+                self.needs_new_sessions = True
             self.feed(link[1], PayloadReceived(link[0], payload))
 
     @rule(link=links, garbage=st.none() | st.binary(max_size=20))
@@ -244,6 +305,33 @@ class Network(RuleBasedStateMachine):
             payload = (b"\xc1", garbage)
         self.feed(destination, PayloadReceived(source, payload))
         assert forged.frame_id not in self.nodes[destination].gossip.frames_in_use(self.now_s)
+
+    @rule(site=names, is_full=st.booleans())
+    def fill_or_clear_the_disk(self, site: str, is_full: bool) -> None:
+        self.nodes[site].refuses = "oversized" if is_full else None
+        self.needs_new_sessions |= is_full
+
+    @rule(data=st.data())
+    def break_chain(self, data: st.DataObject) -> None:
+        """The ranks cannot apply what they were offered."""
+        edges = [(site, teacher) for site, teachers in TEACHERS.items() for teacher in teachers]
+        held = [(site, teacher) for site, teacher in edges if self.nodes[site].store.chain(teacher)]
+        if held:
+            site, teacher = data.draw(st.sampled_from(held))
+            self.faults["broken chain"] += 1
+            self.needs_new_sessions |= (site, teacher) in self.broken
+            self.broken.add((site, teacher))
+            self.feed(site, ChainBroken(teacher))
+
+    @rule(site=names, data=st.data())
+    def lose_an_own_frame(self, site: str, data: st.DataObject) -> None:
+        """The disk of a teacher spoils a file; nobody there notices until it is wanted."""
+        frames = self.nodes[site].store.frames
+        own = [frame.frame_id for frame in self.nodes[site].store.frames_of(site)[:-1]]
+        if own:
+            self.faults["lost frame"] += 1
+            del frames[data.draw(st.sampled_from(own))]
+            self.needs_new_sessions = True
 
     @precondition(lambda self: self.num_restarts < 3)
     @rule(site=names)
@@ -271,20 +359,26 @@ class Network(RuleBasedStateMachine):
     # --- the end -----------------------------------------------------------------------------------------------
 
     def teardown(self) -> None:
-        for pair in PAIRS:
-            self.reopen(pair)
-        self.settle()
+        for site in SITES:
+            self.fill_or_clear_the_disk(site, False)
         was_memory_lost = any(self.num_lives.values())
         was_source_given_up = max(self.num_corrupted.values(), default=0) >= MAX_BAD_CHUNKS
-        if not was_memory_lost and not was_source_given_up:
+        for pair in PAIRS:
+            if self.is_open[pair] and (was_source_given_up or self.needs_new_sessions):
+                self.close(pair)
+            self.reopen(pair)
+        self.settle()
+        if not was_memory_lost and None not in self.bases.values():
             self.faults["healed without a new checkpoint"] += 1
             assert self.frames_match()
 
         for site in SITES:
             self.publish(site, num_chunks=4, steps=1)
-            self.feed(site, TrainingFinished())
         self.settle()
         assert self.frames_match()
+        for site in SITES:
+            self.feed(site, TrainingFinished())
+        self.settle()
         for node in self.nodes.values():
             assert node.gossip.students_finished
             node.prune()
@@ -316,6 +410,10 @@ def test_every_student_ends_with_the_newest_checkpoint_of_its_teachers(sites: An
         "garbage",
         "restart",
         "lost disk",
+        "lost frame",
+        "broken chain",
+        "oversized",
     )
     noticed = ("bad-checksum", "bad-signature", "malformed", "replayed", "healed without a new checkpoint")
-    assert [fault for fault in (*injected, *noticed) if not faults[fault]] == []
+    caught_up = ("delta frame fetched", "catch-up", "path", "gone", "keyframe requested", "keyframe made")
+    assert [fault for fault in (*injected, *noticed, *caught_up) if not faults[fault]] == []

@@ -7,6 +7,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from p2pcodistill.config import (
     GROUP_SPEC_VARIABLE,
     CodistillationConfig,
+    FramesConfig,
     GroupConfig,
     GroupSpec,
     LanguageModelConfig,
@@ -24,27 +26,33 @@ from p2pcodistill.group import exchange as exchange_module
 from p2pcodistill.group.link import (
     EventHappened,
     FrameOffer,
-    FrameOffered,
     FrameReady,
+    FrameTaken,
     Joined,
     NodeLink,
+    NodeOrder,
     RankMessage,
-    StopRequested,
     Welcome,
 )
 from p2pcodistill.telemetry import Event, from_record
 
 torch.set_num_threads(1)
 
+Message = TypeVar("Message", bound=RankMessage)
+
 TOKEN = "token"
 WAIT_S = 30.0
 
 
 class StubNode:
-    """Welcomes rank 0 with `offers` and records, in order, what the latest launch says."""
+    """Welcomes rank 0 with `offers` and records, in order, what the latest launch says.
+
+    Answers each frame at once, with `accepts`, unless that is None.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.offers: tuple[FrameOffer, ...] = ()
+        self.accepts: bool | None = True
         self.messages: list[RankMessage] = []
         self._changed = threading.Condition()
         self._loop = asyncio.new_event_loop()
@@ -71,13 +79,15 @@ class StubNode:
                 message = await self._link.receive()
                 if isinstance(message, Joined):
                     await self._link.send(Welcome(self.offers))
+                if isinstance(message, FrameReady) and self.accepts is not None:
+                    await self._link.send(FrameTaken(message.step, message.base_step, self.accepts))
                 with self._changed:
                     if isinstance(message, Joined):
                         self.messages.clear()  # what an earlier launch said late is not listened to
                     self.messages.append(message)
                     self._changed.notify_all()
 
-    def send(self, message: FrameOffered | StopRequested) -> None:
+    def send(self, message: NodeOrder) -> None:
         self._call(self._link.send, message)
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
@@ -93,9 +103,12 @@ class StubNode:
     def events(self) -> list[Event]:
         return [from_record(m.record) for m in self.messages if isinstance(m, EventHappened)]
 
+    def all(self, kind: type[Message]) -> list[Message]:
+        return [message for message in self.messages if isinstance(message, kind)]
+
     @property
     def frames(self) -> list[FrameReady]:
-        return [message for message in self.messages if isinstance(message, FrameReady)]
+        return self.all(FrameReady)
 
     def close(self) -> None:
         self._served.cancel()
@@ -121,6 +134,7 @@ def spec(stub_node: StubNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A tiny run on text of its own, without teachers, that joins the stub node."""
     data = tmp_path / "data.txt"
     data.write_text("".join(f"line {index} of the text\n" for index in range(400)))
+    (tmp_path / "outbox").mkdir()  # a node's run folder has one
     # The test process is no rank: it must not die with its parent.
     monkeypatch.setattr(exchange_module, "die_with_parent", lambda: None)
     return GroupSpec(
@@ -150,6 +164,7 @@ def spec(stub_node: StubNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         codistillation=CodistillationConfig(
             burn_in_steps=2, exchange_interval_steps=5, agreement_interval_steps=1
         ),
+        frames=FramesConfig(),
     )
 
 

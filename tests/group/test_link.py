@@ -3,6 +3,7 @@
 import asyncio
 import stat
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import msgpack
@@ -13,14 +14,18 @@ from hypothesis import strategies as st
 
 from p2pcodistill.errors import GroupError, MalformedError
 from p2pcodistill.group.link import (
+    ChainBroken,
     EventHappened,
     FrameOffer,
     FrameOffered,
     FrameReady,
+    FrameTaken,
     Joined,
+    KeyframeWanted,
     Left,
     NodeLink,
     RankLink,
+    ReferenceReady,
     StopRequested,
     Welcome,
     decode_link_message,
@@ -28,8 +33,10 @@ from p2pcodistill.group.link import (
 )
 from p2pcodistill.telemetry import Evaluated, to_record
 
-OFFER = FrameOffer("tokyo", 1, 50, "/x/y.frame", 1000)
-READY = FrameReady("/out/50.frame", 50, "keyframe", "fp16+blosc2", b"h" * 32, 2000)
+OFFER = FrameOffer("tokyo", 1, 50, "/store", ((1, 0, "a.frame"), (1, 50, "b.frame")))
+READY = FrameReady("/out/50.frame", 50, 0, "ternary+pco", b"h" * 32, 2000)
+REFERENCE = ReferenceReady("/out/tokyo.reference", "tokyo", 1, 50, "reference+blosc2", b"h" * 32, 2000)
+BROKEN = ChainBroken("tokyo", 1, 50)
 
 
 def event(step: int) -> EventHappened:
@@ -39,10 +46,16 @@ def event(step: int) -> EventHappened:
 MESSAGES = [
     Joined("token"),
     READY,
+    replace(READY, base_step=None),
+    REFERENCE,
+    BROKEN,
     event(1),
     Left(),
     Welcome((OFFER, OFFER)),
     FrameOffered(OFFER),
+    FrameTaken(50, 0, accepted=True),
+    FrameTaken(50, None, accepted=False),
+    KeyframeWanted(),
     StopRequested(),
 ]
 
@@ -50,6 +63,13 @@ MESSAGES = [
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
 def test_messages_round_trip(message):
     assert decode_link_message(encode_link_message(message)) == message
+
+
+@pytest.mark.parametrize("num_frames", [0, 65])
+def test_a_chain_has_a_bounded_number_of_frames(num_frames):
+    offer = replace(OFFER, frames=OFFER.frames[:1] * num_frames)
+    with pytest.raises(MalformedError, match="1 to 64 frames"):
+        decode_link_message(encode_link_message(FrameOffered(offer)))
 
 
 @given(st.binary(max_size=200))
@@ -98,13 +118,14 @@ async def test_rank_zero_joins_and_both_sides_talk(node_link):
     rank = RankLink(node_link.address, "secret", on_message)
     assert await join(node_link, rank, (OFFER,)) == (OFFER,)
     assert node_link.joined
-    for message in (READY, event(1)):
+    for message in (READY, REFERENCE, BROKEN, event(1)):
         rank.send(message)
         assert await node_link.receive() == message
-    await node_link.send(FrameOffered(OFFER))
-    await node_link.send(StopRequested())
+    orders = [FrameOffered(OFFER), FrameTaken(50, 0, accepted=True), KeyframeWanted(), StopRequested()]
+    for order in orders:
+        await node_link.send(order)
     assert await asyncio.to_thread(stop_arrived.wait, 10)
-    assert arrived == [FrameOffered(OFFER), StopRequested()]
+    assert arrived == orders
     await asyncio.to_thread(rank.close, 1)
 
 
@@ -148,8 +169,16 @@ async def test_garbage_from_a_rank_is_a_named_error(node_link):
     dealer.connect(node_link.address)
     dealer.send(encode_link_message(Joined("secret")))
     assert isinstance(await node_link.receive(), Joined)
-    no_path, no_event = FrameReady(3, 1, "", "", b"", 1), EventHappened({"event": "never heard of"})
-    for garbage in (b"\xc1", *map(encode_link_message, (StopRequested(), no_path, no_event))):
+    wrong = [
+        StopRequested(),
+        replace(READY, path=3),
+        replace(READY, base_step=0.5),
+        replace(REFERENCE, origin=None),
+        replace(REFERENCE, schema_hash="h"),
+        replace(BROKEN, step=True),
+        EventHappened({"event": "never heard of"}),
+    ]
+    for garbage in (b"\xc1", *map(encode_link_message, wrong)):
         dealer.send(garbage)
         with pytest.raises(MalformedError):
             await node_link.receive()

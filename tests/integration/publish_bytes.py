@@ -25,6 +25,6 @@ if site == "berlin" and not done.exists():
     staged.write_bytes(random.Random(1).randbytes(num_bytes))
     staged.rename(path)
     done.touch()
-    link.send(FrameReady(str(path), 1, "keyframe", "raw", hashlib.sha256(b"schema").digest(), num_bytes))
+    link.send(FrameReady(str(path), 1, None, "raw", hashlib.sha256(b"schema").digest(), num_bytes))
 stop.wait()
 link.close(5)

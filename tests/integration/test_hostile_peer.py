@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from unittest import mock
@@ -11,14 +12,16 @@ from unittest import mock
 import pytest
 import torch
 
-from p2pcodistill.checkpoint import frames
+from p2pcodistill.checkpoint import encoder
+from p2pcodistill.checkpoint.encoder import FrameEncoder
 from p2pcodistill.checkpoint.manifest import Manifest, SignedManifest, Version, digest_chunks, sign_manifest
 from p2pcodistill.checkpoint.snapshot import Snapshot, take_snapshot
-from p2pcodistill.config import LanguageModelConfig
+from p2pcodistill.config import FramesConfig, LanguageModelConfig
 from p2pcodistill.gossip.membership import members_digest
 from p2pcodistill.gossip.messages import (
     PROTOCOL_VERSION,
     Announce,
+    CatchUp,
     Chunk,
     Hello,
     Lane,
@@ -52,6 +55,7 @@ class HostileTokyo:
         self.serving: asyncio.Task[object] | None = None
         self.corrupt_chunks = 0
         self.num_chunks_served = 0
+        self.asked: asyncio.Queue[CatchUp] = asyncio.Queue()
 
     async def greet(self) -> None:
         """Wait for the session and say hello in it."""
@@ -59,12 +63,15 @@ class HostileTokyo:
         self.say(self.hello)
 
     async def next(self, kind: type):
-        """The next event of that kind, serving berlin's wants meanwhile."""
+        """The next event of that kind, serving berlin's wants and noting what else it asks for meanwhile."""
         while True:
             event = await self.transport.receive()
-            if isinstance(event, Received) and isinstance(want := decode_message(event.payload), Want):
-                for index in want.indices:
-                    self.serve(want, index)
+            match decode_message(event.payload) if isinstance(event, Received) else None:
+                case Want() as want:
+                    for index in want.indices:
+                        self.serve(want, index)
+                case CatchUp() as request:
+                    self.asked.put_nowait(request)
             if isinstance(event, kind):
                 return event
 
@@ -79,12 +86,12 @@ class HostileTokyo:
     def say(self, message: Message) -> None:
         assert self.transport.send("berlin", lane_of(message), encode_message(message))
 
-    def manifest(self, step: int, schema_hash: bytes) -> Manifest:
+    def manifest(self, step: int, schema_hash: bytes, base: Version | None = None) -> Manifest:
         return Manifest(
             run="test",
             origin="tokyo",
             version=Version(1, step),
-            kind="keyframe",
+            base=base,
             codec="fp16+blosc2",
             schema_hash=schema_hash,
             num_fp16_bytes=len(self.frame),
@@ -93,8 +100,8 @@ class HostileTokyo:
             chunk_digests=digest_chunks(self.frame, CHUNK_BYTES),
         )
 
-    def announce(self, signed: SignedManifest) -> None:
-        self.say(Announce(signed.body, signed.signature))
+    def announce(self, signed: SignedManifest, num_more: int | None = None) -> None:
+        self.say(Announce(signed.body, signed.signature, num_more))
 
 
 @contextlib.asynccontextmanager
@@ -115,11 +122,17 @@ def snapshot_of_tiny_model(step: int) -> Snapshot:
     return take_snapshot(ByteLSTM(config), step)
 
 
+def encode(snapshot: Snapshot) -> bytes:
+    sink = io.BytesIO()
+    FrameEncoder(FramesConfig()).encode(snapshot, sink)
+    return sink.getvalue()
+
+
 def encode_ruined(snapshot: Snapshot) -> bytes:
     """A frame with NaN in it, as only somebody with other code than ours would send it."""
     snapshot.tensors["readout.weight"][0, 0] = float("nan")
-    with mock.patch.object(frames, "_largest_magnitude", lambda *_: 0.0):
-        return frames.encode_keyframe(snapshot)
+    with mock.patch.object(encoder, "largest_magnitude", lambda *_: 0.0):
+        return encode(snapshot)
 
 
 @pytest.fixture
@@ -152,7 +165,7 @@ async def test_everything_wrong_from_a_member_is_refused_and_a_good_checkpoint_s
         tokyo.transport.send("berlin", Lane.CONTROL, [bytes(1 << 20)])
         await refusal(berlin, "oversized")
 
-        tokyo.frame = frames.encode_keyframe(snapshot)
+        tokyo.frame = encode(snapshot)
         manifest = tokyo.manifest(10, snapshot.schema_hash)
         tokyo.announce(sign_manifest(manifest, Identity.generate()))
         await refusal(berlin, "bad-signature")
@@ -178,12 +191,48 @@ async def test_everything_wrong_from_a_member_is_refused_and_a_good_checkpoint_s
         tokyo.announce(sign_manifest(tokyo.manifest(20, snapshot.schema_hash), tokyo.identity))
         await refusal(berlin, "non-finite", "readout.weight", event="teacher-refused")
 
+        assert await asyncio.wait_for(tokyo.asked.get(), 30) == CatchUp(None), (
+            "berlin has nothing to build on"
+        )
+
         good = snapshot_of_tiny_model(30)
-        tokyo.frame = frames.encode_keyframe(good)
+        tokyo.frame = encode(good)
         tokyo.announce(sign_manifest(tokyo.manifest(30, good.schema_hash), tokyo.identity))
         swap = await berlin.until("teacher-swapped", lambda r: r["teacher_step"] == 30)
         await berlin.until("step-measured", lambda r: r["step"] > swap["step"])
         assert tokyo.num_chunks_served >= 4
+    assert not berlin.all("node-stopped") and not berlin.all("group-exited")
+
+
+async def test_chains_that_lead_nowhere_are_refused_or_replaced(berlin_and_tokyo):
+    berlin, tokyo_site = berlin_and_tokyo
+    async with hostile(HostileTokyo(berlin, tokyo_site)) as tokyo:
+        await tokyo.greet()
+        await berlin.until("peer-connected")
+        tokyo.serving = asyncio.create_task(tokyo.next(Closed))
+        snapshot = snapshot_of_tiny_model(10)
+        schema_hash = snapshot.schema_hash
+
+        def signed(step: int, base_step: int | None) -> SignedManifest:
+            base = None if base_step is None else Version(1, base_step)
+            return sign_manifest(tokyo.manifest(step, schema_hash, base), tokyo.identity)
+
+        # A delta frame on nothing that berlin has: it asks for a path, and one with a gap is no path.
+        tokyo.frame = encode(snapshot)
+        tokyo.announce(signed(9, 8))
+        assert await asyncio.wait_for(tokyo.asked.get(), 30) == CatchUp(None)
+        tokyo.announce(signed(9, 8), num_more=0)
+        await refusal(berlin, "malformed", "path")
+        tokyo.announce(signed(10, None))
+        await berlin.until("teacher-swapped", lambda r: r["teacher_step"] == 10)
+
+        # A delta frame that is something else: the ranks refuse it, and the chain is given up.
+        tokyo.announce(signed(20, 10))
+        await refusal(berlin, "malformed", "step 20", event="teacher-refused")
+        assert await asyncio.wait_for(tokyo.asked.get(), 30) == CatchUp(None)
+        tokyo.frame = encode(snapshot_of_tiny_model(30))
+        tokyo.announce(signed(30, None))
+        await berlin.until("teacher-swapped", lambda r: r["teacher_step"] == 30)
     assert not berlin.all("node-stopped") and not berlin.all("group-exited")
 
 

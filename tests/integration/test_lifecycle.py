@@ -104,6 +104,10 @@ async def test_a_signal_stops_at_a_step_boundary_and_the_same_command_goes_on(si
     site.kill(number)
     assert await site.wait() == 128 + number
 
+    await site.start("--set", "frames.delta=off")  # a chain of frames is not continued by another codec
+    assert await site.wait() == 2
+    assert "frames.delta was 'adaptive' and is now 'off'" in site.log()
+
 
 STUBBORN = """
 import signal, torch, p2pcodistill

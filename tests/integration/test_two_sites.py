@@ -25,7 +25,13 @@ async def test_two_sites_codistil_a_language_model_and_leave_together(sites):
         versions = [(record["incarnation"], record["teacher_step"]) for record in swaps]
         assert versions == sorted(versions) and len(set(versions)) == len(versions)
         assert any(record["distillation_loss"] is not None for record in site.all("step-measured"))
-        assert site.all("frame-published")[-1]["step"] == 2000
+        published = site.all("frame-published")
+        assert published[-1]["step"] == 2000
+        assert published[0]["kind"] == "keyframe"
+        deltas = [record for record in published if record["kind"] == "delta"]
+        assert len(deltas) > len(published) / 2
+        assert sum(r["num_fp16_bytes"] for r in deltas) > 4 * sum(r["num_bytes"] for r in deltas)
+        assert "delta" in {record["kind"] for record in site.all("frame-fetched")}
         assert site.all("training-ended")[-1]["finished"]
         assert site.all("node-stopped")[-1]["reason"] == "finished"
         assert not site.all("refused") and not site.all("teacher-refused")

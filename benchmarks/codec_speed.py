@@ -1,0 +1,224 @@
+"""How fast frames are made and read, on one core, and in how much memory.
+
+`keyframe_encode_ratio`, `keyframe_decode_ratio`: seconds of the bare compressor (Blosc2 on the raw fp16 bytes, in the same
+pieces, with the same settings) / of our whole path. Encoding: cast, checksum, compress, write, hash each chunk; decoding:
+hash each chunk, decompress, check for NaN, checksum. Both take turns, and the median of the pairs' ratios counts.
+`delta_encode_mb_s`, `delta_decode_mb_s`: MB of fp16 a second of ternary delta frames, the reference's update included.
+`codec_extra_memory_ratio`: the highest resident memory while a frame is made or read, beside model, reference and the file
+that is mapped, as a share of the fp16 model; each in a process of its own.
+
+The weights are checkpoints of the demo's model 50 steps apart, trained here, tiled to 64 M parameters; every tile is scaled
+by another factor, or the compressor would find the last one again.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import torch
+
+from benchmarks.figure import file_system_of, print_figure
+from benchmarks.training import Run, train_checkpoints
+from p2pcodistill.checkpoint.coding import BLOCK_BYTES, MAX_RAW_BYTES
+from p2pcodistill.checkpoint.decoder import decode_frame
+from p2pcodistill.checkpoint.encoder import FrameEncoder
+from p2pcodistill.checkpoint.manifest import DEFAULT_CHUNK_BYTES, digest_chunks
+from p2pcodistill.checkpoint.reference import Reference
+from p2pcodistill.checkpoint.snapshot import Snapshot
+from p2pcodistill.config import FramesConfig
+
+NUM_PARAMETERS = 64_000_000
+NUM_PAIRS = 7
+NUM_CHECKPOINTS = 7  # the first is a keyframe, the first delta warms up
+MIN_ENCODE_RATIO, MIN_DECODE_RATIO = 0.5, 0.6
+MIN_ENCODE_MB_S, MIN_DECODE_MB_S = 400, 800
+MAX_MEMORY_RATIO = 0.25
+MAX_BYTES = 1 << 34
+
+
+def main() -> None:
+    """Measure all; print the figures."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run = Run("language-model", "cosine", seed=0, num_steps=2000, frames=None)
+        checkpoints = list(train_checkpoints(run, folder, NUM_CHECKPOINTS))
+        print_keyframe_ratios(tile(checkpoints[0]), folder)
+        print_delta_rates(checkpoints)
+    print_memory()
+    if torch.cuda.is_available():
+        from benchmarks.codec_gpu import print_gpu_figures
+
+        print_gpu_figures()
+
+
+def tile(checkpoint: Snapshot, num_parameters: int = NUM_PARAMETERS) -> Snapshot:
+    """A model of so many parameters: each tensor repeated along its first axis, scaled by a factor for each tile."""
+    num_tiles = -(-num_parameters // sum(tensor.numel() for tensor in checkpoint.tensors.values()))
+    factors = torch.rand(num_tiles, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.75
+    tensors = {}
+    for name, tensor in checkpoint.tensors.items():
+        tiles = tensor[None] * factors.view(-1, *[1] * tensor.ndim)
+        tensors[name] = tiles.flatten(0, 1) if tensor.ndim else tiles
+    return Snapshot(checkpoint.step, tensors, {})
+
+
+# --- keyframes --------------------------------------------------------------------------------------------------
+
+
+def print_keyframe_ratios(snapshot: Snapshot, folder: Path) -> None:
+    """Our whole path against the bare compressor, encoding and decoding."""
+    path = folder / "keyframe"
+    raw = [tensor.half().view(-1).view(torch.uint8).numpy() for tensor in snapshot.tensors.values()]
+    pieces = [piece for array in raw for piece in _cut(array)]
+    chunks = [_bare_compress(piece) for piece in pieces]
+
+    def encode() -> None:
+        with path.open("wb") as file:
+            FrameEncoder(FramesConfig()).encode(snapshot, file)
+        digest_chunks(path, DEFAULT_CHUNK_BYTES)
+
+    def bare_encode() -> None:
+        for piece in pieces:
+            _bare_compress(piece)
+
+    def decode() -> None:
+        digest_chunks(path, DEFAULT_CHUNK_BYTES)
+        _decode_file(path, None)
+
+    def bare_decode() -> None:
+        # Into new memory that is all there at the end, as ours.
+        into = [np.empty_like(array) for array in raw]
+        parts = (part for array in into for part in _cut(array))
+        for chunk, part in zip(chunks, parts, strict=True):
+            blosc2.decompress2(chunk, dst=part, nthreads=1)
+
+    num_mb = sum(array.nbytes for array in raw) / 1e6
+    on = (
+        f"demo's model tiled to {num_mb / 2:.0f} M parameters (fp32), fp16 keyframe, one thread, {NUM_PAIRS} pairs, "
+        f"frame in a file on {file_system_of(folder)}"
+    )
+    for name, ours, bare, bound in (
+        ("keyframe_encode_ratio", encode, bare_encode, MIN_ENCODE_RATIO),
+        ("keyframe_decode_ratio", decode, bare_decode, MIN_DECODE_RATIO),
+    ):
+        seconds = take_turns(bare, ours)
+        value = statistics.median(first / second for first, second in seconds)
+        bare_s, ours_s = (statistics.median(column) for column in zip(*seconds, strict=True))
+        print_figure(
+            name,
+            round(value, 3),
+            "seconds of the bare compressor / of the whole path",
+            f"at least {bound}",
+            holds=value >= bound,
+            on=on,
+            bare_mb_s=round(num_mb / bare_s),
+            mb_s=round(num_mb / ours_s),
+        )
+
+
+def take_turns(first: Callable[[], None], second: Callable[[], None]) -> list[tuple[float, float]]:
+    """Seconds of both, in pairs, after one run of each that does not count."""
+    pairs = [(_seconds(first), _seconds(second)) for _ in range(NUM_PAIRS + 1)]
+    return pairs[1:]
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    call()
+    return time.perf_counter() - start_s
+
+
+def _cut(array: np.ndarray) -> Iterator[np.ndarray]:
+    return (array[start : start + MAX_RAW_BYTES] for start in range(0, array.nbytes, MAX_RAW_BYTES))
+
+
+def _bare_compress(piece: np.ndarray) -> bytes:
+    return blosc2.compress2(
+        piece, typesize=2, codec=blosc2.Codec.ZSTD, clevel=1, filters=[blosc2.Filter.SHUFFLE],
+        filters_meta=[0], blocksize=BLOCK_BYTES, nthreads=1,
+    )  # fmt: skip
+
+
+def _decode_file(path: Path, base: Reference | None) -> Reference:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        view = memoryview(mapped)
+        try:
+            return decode_frame(view, base, max_bytes=MAX_BYTES)
+        finally:
+            view.release()
+
+
+# --- delta frames -----------------------------------------------------------------------------------------------
+
+
+def print_delta_rates(checkpoints: list[Snapshot]) -> None:
+    """Ternary delta frames of consecutive checkpoints."""
+    encoder = FrameEncoder(FramesConfig(delta="ternary"))
+    reference: Reference | None = None
+    encode_s, decode_s, sizes = [], [], []
+    for checkpoint in checkpoints:
+        snapshot, sink = tile(checkpoint), io.BytesIO()
+        start_s = time.perf_counter()
+        frame = encoder.encode(snapshot, sink)
+        encoded_s = time.perf_counter()
+        reference = decode_frame(sink.getbuffer(), reference, max_bytes=MAX_BYTES)
+        decode_s.append(time.perf_counter() - encoded_s)
+        encode_s.append(encoded_s - start_s)
+        sizes.append(frame.num_bytes)
+    num_mb = frame.num_fp16_bytes / 1e6
+    on = (
+        f"demo's model tiled to {num_mb / 2:.0f} M parameters, ternary, {len(checkpoints) - 2} checkpoints "
+        f"{checkpoints[1].step - checkpoints[0].step} steps apart, median, one thread"
+    )
+    for name, seconds, bound in (
+        ("delta_encode_mb_s", encode_s[2:], MIN_ENCODE_MB_S),
+        ("delta_decode_mb_s", decode_s[2:], MIN_DECODE_MB_S),
+    ):
+        value = num_mb / statistics.median(seconds)
+        print_figure(
+            name,
+            round(value),
+            "MB of fp16 a second and core",
+            f"at least {bound}",
+            holds=value >= bound,
+            on=on,
+            best=round(num_mb / min(seconds)),
+            frame_ratio=round(num_mb * 1e6 / statistics.mean(sizes[1:]), 1),
+        )
+
+
+# --- memory -----------------------------------------------------------------------------------------------------
+
+
+def print_memory() -> None:
+    """Peak memory of each of the four; the worst is the figure."""
+    ratios = {}
+    for case in ("keyframe encode", "keyframe decode", "delta encode", "delta decode"):
+        command = [sys.executable, "-m", "benchmarks.codec_memory", case]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        ratios[case] = float(output)
+    value = max(ratios.values())
+    print_figure(
+        "codec_extra_memory_ratio",
+        round(value, 3),
+        "peak memory beside model, reference and mapped file / fp16 model",
+        f"at most {MAX_MEMORY_RATIO}",
+        holds=value <= MAX_MEMORY_RATIO,
+        on="a process each, its resident high-water mark; 100 M parameters",
+        cases={case: round(ratio, 3) for case, ratio in ratios.items()},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What gossip decides, done: on the store, the transport, the link with the ranks, and the event log."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Sequence
+
+from p2pcodistill.checkpoint.store import FrameStore, StoredFrame
+from p2pcodistill.errors import OversizedError, RefusedError
+from p2pcodistill.gossip import protocol as gossip
+from p2pcodistill.gossip.messages import Chunk, Gone, encode_message, lane_of
+from p2pcodistill.group.link import ChainBroken, FrameOffer, FrameOffered, KeyframeWanted, NodeLink
+from p2pcodistill.publisher import Publisher
+from p2pcodistill.runfolder import is_full_disk
+from p2pcodistill.telemetry import EventLog, Refused
+from p2pcodistill.transport.base import Transport
+from p2pcodistill.transport.refusals import RefusalLog
+
+_NUM_OFFERS_KEPT = 2
+"""The ranks may still be reading what they were offered before the newest checkpoint of a teacher."""
+
+
+class Performer:
+    """Performs one action at a time and says what follows from it. Also knows what the ranks are offered of `teachers`."""
+
+    def __init__(
+        self,
+        teachers: Collection[str],
+        *,
+        store: FrameStore,
+        transport: Transport,
+        link: NodeLink,
+        publisher: Publisher,
+        events: EventLog,
+        refusals: RefusalLog,
+    ) -> None:
+        self._store, self._transport, self._link = store, transport, link
+        self._publisher, self._events, self._refusals = publisher, events, refusals
+        self._offered: dict[str, list[tuple[StoredFrame, ...]]] = {teacher: [] for teacher in teachers}
+        for teacher in teachers:
+            self._extend(teacher)
+
+    async def perform(self, action: gossip.Action) -> Sequence[gossip.Event]:
+        """Do it; what gossip is to be told of it. Raises OSError when this site's own store fails."""
+        try:
+            return await self._perform(action)
+        except OSError as error:
+            if not is_full_disk(error):
+                raise
+            return [_refuse_fetch(action, error)]
+
+    async def _perform(self, action: gossip.Action) -> Sequence[gossip.Event]:
+        match action:
+            case gossip.SendPayload(peer, lane, payload):
+                self._transport.send(peer, lane, payload)
+            case gossip.BeginFetch(signed):
+                try:
+                    present = await asyncio.to_thread(self._store.begin, signed)
+                    return [gossip.FetchBegun(signed.frame_id, present)]
+                except RefusedError as error:
+                    return [gossip.FetchRefused(signed.frame_id, error.reason, str(error))]
+            case gossip.StoreChunk(frame_id, index, data):
+                self._store.put_chunk(frame_id, index, data)
+            case gossip.CompleteFrame(frame_id):
+                stored = await asyncio.to_thread(self._store.complete, frame_id)
+                chain = self._store.chain(stored.signed.manifest.origin)
+                return [gossip.FrameStored(frame_id, held=chain[-1].version if chain else None)]
+            case gossip.AbandonFrame(frame_id):
+                self._store.abandon(frame_id)
+            case gossip.ServeChunk(peer, frame_id, index):
+                served = self._store.read_chunk(frame_id, index)
+                answer = Gone(frame_id) if served is None else Chunk(frame_id, index, served)
+                self._transport.send(peer, lane_of(answer), encode_message(answer))
+                await asyncio.sleep(0)  # a want may ask for many
+                return [gossip.FrameLost(frame_id)] if served is None else []
+            case gossip.PinSchema(origin, schema_hash):
+                self._store.pin_schema(origin, schema_hash)
+            case gossip.RaiseIncarnation(incarnation):
+                self._store.save_incarnation(incarnation)
+                return [gossip.FramePublished(signed) for signed in await self._publisher.renew(incarnation)]
+            case gossip.RequestKeyframe():
+                await self._link.send(KeyframeWanted())
+            case gossip.OfferFrame(signed):
+                if chain := self._extend(signed.manifest.origin):
+                    await self._link.send(FrameOffered(_describe(chain)))
+            case gossip.DropChain(origin):
+                self._offered[origin].clear()
+                self._store.drop(origin)
+            case gossip.Report(Refused() as refused):
+                self._refusals.note(refused.peer, refused.reason, refused.why, time.monotonic())
+            case gossip.Report(event):
+                self._events.write(event)
+        return []
+
+    # --- what the ranks are offered --------------------------------------------------------------------------------
+
+    def offers(self) -> tuple[FrameOffer, ...]:
+        """The newest checkpoint of each teacher, for ranks that have just joined."""
+        return tuple(_describe(chains[-1]) for chains in self._offered.values() if chains)
+
+    def frames_on_offer(self) -> set[str]:
+        """The ids of frames that the ranks may be about to read."""
+        return {
+            stored.signed.frame_id
+            for chains in self._offered.values()
+            for chain in chains
+            for stored in chain
+        }
+
+    def breaks(self, broken: ChainBroken) -> bool:
+        """Whether the ranks' trouble with a checkpoint is one with the chain that is stored now."""
+        chain = self._store.chain(broken.origin) if broken.origin in self._offered else ()
+        if not chain:
+            return False
+        first = chain[0].version
+        return (first.incarnation, first.step) <= (broken.incarnation, broken.step)
+
+    def _extend(self, origin: str) -> tuple[StoredFrame, ...]:
+        """What is stored of `origin` now, which from now on is on offer; empty if nothing is."""
+        chain = self._store.chain(origin)
+        if chain:
+            self._offered[origin] = [*self._offered[origin], chain][-_NUM_OFFERS_KEPT:]
+        return chain
+
+
+def _describe(chain: Sequence[StoredFrame]) -> FrameOffer:
+    newest = chain[-1]
+    return FrameOffer(
+        origin=newest.signed.manifest.origin,
+        incarnation=newest.version.incarnation,
+        step=newest.version.step,
+        folder=str(newest.path.parent),
+        frames=tuple((f.version.incarnation, f.version.step, f.path.name) for f in chain),
+    )
+
+
+def _refuse_fetch(action: gossip.Action, error: OSError) -> gossip.Event:
+    """What no room on the disk means for a teacher's frame: training goes on with the teachers that there are."""
+    match action:
+        case gossip.BeginFetch(signed):
+            frame_id = signed.frame_id
+        case gossip.StoreChunk(frame_id) | gossip.CompleteFrame(frame_id):
+            pass
+        case _:
+            raise error
+    return gossip.FetchRefused(frame_id, OversizedError.reason, f"no room for it: {error.strerror}")

@@ -1,0 +1,181 @@
+"""What to fetch of one origin, in which order, and when to ask it for a path.
+
+A plan is a list of frames, oldest first, that lead from what the store holds to the newest version announced. Its head is
+fetched, then the next: of delta frames the oldest missing one first. Only a keyframe may overtake. It replaces what of the
+plan has not begun to arrive; a download that has begun is finished first, so that even over a slow link every frame that has
+begun to arrive is completed.
+
+Where what is announced does not lead on from what is held or planned, where the plan has grown dearer than a checkpoint, or
+where a frame of it cannot be had, the origin is asked for a path, which takes the plan's place. That is done between two
+downloads and not during one: over a slow link the answer would be out of date when it is needed, and a keyframe made for it
+in vain. Only one such request is under way at a time, and only a few are made until the origin announces something new or
+the plan gets on: an origin that cannot help is not asked in a loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from p2pcodistill.checkpoint.chain import MAX_CHAIN_FRAMES
+from p2pcodistill.checkpoint.manifest import SignedManifest, Version
+from p2pcodistill.gossip.download import Download, Offer
+from p2pcodistill.gossip.messages import CatchUp
+
+MAX_REQUESTS_WITHOUT_NEWS = 8
+"""How often a path is asked for without anything new being announced or a higher version being reached."""
+
+
+class Plan:
+    """The plan for one origin. `held` is what its delta frames may build on; None: only a keyframe helps."""
+
+    def __init__(self, held: Version | None) -> None:
+        self.held = held
+        self.offers: list[Offer] = []
+        self.download: Download | None = None
+        self.asked: CatchUp | None = None
+        self._reached = held  # the highest version that the store's chain has led to
+        self._needs_path = False
+        self._num_requests = 0  # without news
+        self._unavailable: dict[str, None] = {}  # frames that could not be had in this session
+        self._is_mending = False  # a broken chain is being replaced, and nothing new was announced meanwhile
+
+    @property
+    def head(self) -> Offer | None:
+        """What is to be fetched now."""
+        return self.offers[0] if self.offers else None
+
+    @property
+    def is_head_skippable(self) -> bool:
+        """Whether the next frame of the plan does without the head."""
+        return len(self.offers) > 1 and self.offers[1].base in (None, self.held)
+
+    # --- what the origin says ----------------------------------------------------------------------------------------
+
+    def announce(self, peer: str, signed: SignedManifest) -> None:
+        """`peer` holds this frame, the newest of its origin."""
+        frame_id = signed.frame_id
+        planned = self._find(frame_id)
+        if planned is not None:
+            planned.num_bad_chunks_of.setdefault(peer, 0)
+            return
+        last = self.offers[-1].version if self.offers else self.held
+        if frame_id in self._unavailable or (last is not None and signed.version <= last):
+            return
+        self._is_mending = False
+        self._num_requests = 0
+        offer = Offer(signed, frame_id, {peer: 0})
+        if signed.base is None:
+            self._needs_path = False
+            self.offers = [*self._fetched_head(), offer]
+        elif signed.base == last:
+            self.offers.append(offer)
+            self._shorten(max_bytes=signed.manifest.num_fp16_bytes)
+        else:
+            self._needs_path = True
+
+    def follow(self, peer: str, path: Sequence[SignedManifest]) -> None:
+        """`peer` answered what was asked with these frames, oldest first."""
+        asked, self.asked = self.asked, None
+        offers = [self._find(signed.frame_id) or Offer(signed, signed.frame_id, {}) for signed in path]
+        for offer in offers:
+            offer.num_bad_chunks_of.setdefault(peer, 0)
+        if any(offer.frame_id in self._unavailable for offer in offers):
+            # There is no way without them. If this was the way from nothing, only what comes next can help.
+            self._needs_path = asked is not None and asked.held is not None
+            return
+        for fetched in (self._fetched_head(), []):
+            start = fetched[0].version if fetched else self.held
+            onward = [offer for offer in offers if start is None or offer.version > start]
+            if not onward or onward[0].base in (None, start):
+                self._needs_path = False
+                self.offers = [*fetched, *onward]
+                return
+        self._needs_path = True  # it leads on from what has been lost since
+
+    def close(self) -> None:
+        """The session with the origin is over. A new one begins with an announcement, from which all else follows."""
+        self.asked = None
+        self._needs_path = False
+        self._num_requests = 0
+        self._unavailable.clear()
+
+    def ask(self) -> CatchUp | None:
+        """What to ask of the origin now that nothing is arriving from it, if anything; it counts as asked."""
+        if not self._needs_path or self.asked is not None or self._num_requests == MAX_REQUESTS_WITHOUT_NEWS:
+            return None
+        self._needs_path = False
+        self._num_requests += 1
+        self.asked = CatchUp(None if self._unavailable else self.held)
+        return self.asked
+
+    # --- what becomes of its head ------------------------------------------------------------------------------------
+
+    def store(self, frame_id: str, version: Version, held: Version | None) -> bool:
+        """A frame is in the store, whose chain leads to `held` now. Whether that is further than before."""
+        # If it does not reach so far, it has become too long, or has lost a frame: from there nothing leads on.
+        self.held = held if held is not None and held >= version else None
+        self._unavailable.clear()
+        self.offers = [
+            offer
+            for offer in self.offers
+            if offer.frame_id != frame_id and (self.held is None or offer.version > self.held)
+        ]
+        num_left = len(self.offers)
+        self._drop_dangling()
+        if not self.offers and (self.held is None or num_left):
+            self._needs_path = True
+        if held is None or (self._reached is not None and held <= self._reached):
+            return False
+        self._reached = held
+        self._num_requests = 0
+        return True
+
+    def skip_head(self) -> None:
+        """The head has been overtaken."""
+        self.offers.pop(0)
+
+    def refuse_head(self) -> None:
+        """The store does not take the head. It is tried again when something new is announced."""
+        self.offers.pop(0)
+        self._drop_dangling()
+
+    def lose_head(self) -> None:
+        """Nobody can send the head."""
+        self._unavailable[self.offers.pop(0).frame_id] = None
+        self._drop_dangling()
+        if not self.offers:
+            self._needs_path = True
+
+    def break_chain(self) -> None:
+        """What is held turned out to be worthless."""
+        self.held = self._reached = None
+        self._drop_dangling()
+        if not self.offers and not self._is_mending:
+            self._needs_path = True
+        self._is_mending = True
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _find(self, frame_id: str) -> Offer | None:
+        return next((offer for offer in self.offers if offer.frame_id == frame_id), None)
+
+    def _shorten(self, *, max_bytes: int) -> None:
+        """Leave the delta frames that wait to a later path if they are more than `max_bytes` or too many: the origin will
+        not have kept them all, and a keyframe costs less."""
+        num_kept = 1 + max(
+            (index for index, offer in enumerate(self.offers) if offer.base is None), default=0
+        )
+        waiting = self.offers[num_kept:]
+        if len(waiting) >= MAX_CHAIN_FRAMES or sum(offer.signed.num_bytes for offer in waiting) > max_bytes:
+            self.offers = self.offers[:num_kept]
+            self._needs_path = True
+
+    def _fetched_head(self) -> list[Offer]:
+        """The head, if it is being fetched; else nothing."""
+        is_fetched = self.download is not None and self.download.offer is self.head
+        return self.offers[:1] if is_fetched else []
+
+    def _drop_dangling(self) -> None:
+        """Drop what no longer follows from what is held."""
+        while self.offers and self.offers[0].base not in (None, self.held):
+            self.offers.pop(0)
