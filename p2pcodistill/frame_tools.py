@@ -189,6 +189,10 @@ def decode(
     checkpoint of `origin` is taken. Of names that are tied the file has one, and the others in its metadata, as safetensors'
     `load_model` wants it. Raises UserError, OSError.
     """
+    if out.exists() and not out.is_file():
+        raise UserError(f"{out} is there, and is no file")
+    if not out.parent.is_dir():
+        raise UserError(f"there is no folder {out.parent} to write to")
     metadata: dict[str, str] = {}
     if any(path.is_dir() for path in paths):
         if len(paths) > 1:

@@ -61,7 +61,7 @@ def decode_frame(frame: bytes | memoryview, base: Reference | None, *, max_bytes
 
 
 def read_codes(frame: bytes | memoryview, *, max_bytes: int) -> Iterator[tuple[TensorEntry, Tensor, Tensor]]:
-    """(entry, symbols, bf16 scales) of each tensor that `frame` has as few-bit codes, and that is not empty; to look into it."""
+    """(entry, symbols, bf16 scales) of each tensor that is not empty and that `frame` has as few-bit codes."""
     view = memoryview(frame).cast("B")
     header = read_header(view, max_bytes=max_bytes)
     for entry, pieces in read_pieces(view, header):
