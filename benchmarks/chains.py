@@ -15,7 +15,8 @@ from torch import Tensor
 
 from p2pcodistill.checkpoint.decoder import decode_frame, read_codes
 from p2pcodistill.checkpoint.encoder import FrameEncoder
-from p2pcodistill.checkpoint.quantize import ALPHABETS
+from p2pcodistill.checkpoint.frames import EXACT, read_header
+from p2pcodistill.checkpoint.quantize import ALPHABETS, SEGMENT_ELEMENTS
 from p2pcodistill.checkpoint.reference import Reference
 from p2pcodistill.checkpoint.snapshot import Snapshot
 from p2pcodistill.config import FramesConfig
@@ -57,6 +58,12 @@ def entropy_bytes(counts: Tensor) -> float:
     return float(-(shares * shares.log2()).sum() * total / 8)
 
 
+def num_exact_bytes(frame: bytes) -> int:
+    """What of a frame's bytes is tensors that travel as they are (biases, running statistics)."""
+    header = read_header(memoryview(frame), max_bytes=MAX_BYTES)
+    return sum(entry.num_wire_bytes for entry in header.entries if entry.encoding == EXACT)
+
+
 def ideal_delta_bytes(frame: bytes) -> float:
     """Order-0 entropy of the codes, tensor by tensor, plus the scales as they were sent.
 
@@ -72,7 +79,9 @@ def ideal_delta_bytes(frame: bytes) -> float:
             counts += torch.zeros_like(counts).index_add_(0, codes, by_symbol)
         # Elements of empty blocks are zeros, too; what fills up the last block is none.
         counts[alphabet.num_levels] += entry.num_elements - int(counts.sum())
-        ideal += entropy_bytes(counts) + sum(entry.pieces[0::2])
+        num_segments = -(-entry.num_elements // SEGMENT_ELEMENTS)
+        scales = entry.pieces[:: len(entry.pieces) // num_segments]  # the first piece of each segment
+        ideal += entropy_bytes(counts) + sum(scales)
     return ideal
 
 

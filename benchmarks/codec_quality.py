@@ -76,6 +76,8 @@ def main() -> None:
             print_chain_figures(run, [chains[run, site] for site in SITES])
         print_teachers(plan, results)
         for index, run in enumerate(chained):
+            if run.schedule != "cosine":
+                continue
             newest = list_checkpoints(folder / f"checkpoints-{index}", SITES[0])[-1]
             print_compressors(load_checkpoint(newest), describe(run))
 
@@ -224,10 +226,11 @@ def print_chain_figures(run: Run, chains: list[ChainResult]) -> None:
     print_figure(
         "delta_entropy_efficiency",
         round(efficiency, 4),
-        "order-0 entropy of the codes by tensor, and scales / bytes sent",
+        "order-0 entropy of the codes by tensor, and scales / bytes sent for them",
         f"at least {MIN_ENTROPY_EFFICIENCY}",
         holds=efficiency >= MIN_ENTROPY_EFFICIENCY,
         on=f"{on}, all delta frames",
+        of_all_bytes=round(statistics.mean(chain.entropy_efficiency_of_all_bytes for chain in chains), 4),
     )
     efficiency = statistics.mean(chain.keyframe_efficiency for chain in chains)
     print_figure(

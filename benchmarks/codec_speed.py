@@ -85,7 +85,7 @@ def print_keyframe_ratios(snapshot: Snapshot, folder: Path) -> None:
 
     def encode() -> None:
         with path.open("wb") as file:
-            FrameEncoder(FramesConfig()).encode(snapshot, file)
+            FrameEncoder(FramesConfig(keyframe="fp16")).encode(snapshot, file)
         digest_chunks(path, DEFAULT_CHUNK_BYTES)
 
     def bare_encode() -> None:
@@ -112,9 +112,9 @@ def print_keyframe_ratios(snapshot: Snapshot, folder: Path) -> None:
         ("keyframe_encode_ratio", encode, bare_encode, MIN_ENCODE_RATIO),
         ("keyframe_decode_ratio", decode, bare_decode, MIN_DECODE_RATIO),
     ):
-        seconds = take_turns(bare, ours)
-        value = statistics.median(first / second for first, second in seconds)
-        bare_s, ours_s = (statistics.median(column) for column in zip(*seconds, strict=True))
+        seconds = take_turns(bare, ours, lambda: digest_chunks(path, DEFAULT_CHUNK_BYTES))
+        value = statistics.median(bare_s / ours_s for bare_s, ours_s, _ in seconds)
+        bare_s, ours_s, hash_s = (statistics.median(column) for column in zip(*seconds, strict=True))
         print_figure(
             name,
             round(value, 3),
@@ -124,13 +124,15 @@ def print_keyframe_ratios(snapshot: Snapshot, folder: Path) -> None:
             on=on,
             bare_mb_s=round(num_mb / bare_s),
             mb_s=round(num_mb / ours_s),
+            chunk_hashes_share=round(hash_s / ours_s, 3),
+            without_chunk_hashes=round(bare_s / (ours_s - hash_s), 3),
         )
 
 
-def take_turns(first: Callable[[], None], second: Callable[[], None]) -> list[tuple[float, float]]:
-    """Seconds of both, in pairs, after one run of each that does not count."""
-    pairs = [(_seconds(first), _seconds(second)) for _ in range(NUM_PAIRS + 1)]
-    return pairs[1:]
+def take_turns(*calls: Callable[[], object]) -> list[tuple[float, ...]]:
+    """Seconds of each, in turns, after one turn that does not count."""
+    turns = [tuple(map(_seconds, calls)) for _ in range(NUM_PAIRS + 1)]
+    return turns[1:]
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -57,7 +57,7 @@ def measure(delta: str) -> dict[str, Any]:
     """Run both nodes with these delta frames; what the workers measured."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        settings = {"frames": {"delta": delta}, "max_frame_bytes": 1 << 30}
+        settings = {"frames": {"delta": delta, "keyframe": "fp16"}, "max_frame_bytes": 1 << 30}
         write_node_files(folder, "benchmarks.exchange_100m", settings)
         run_nodes(folder, timeout_s=_TIMEOUT_S)
         sent, received = (json.loads((folder / f"{site}.json").read_text()) for site in SITES)

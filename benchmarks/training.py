@@ -51,9 +51,7 @@ class Run:
     frames: FramesConfig | None
     average_decay: float = 0.0
 
-    @property
-    def label(self) -> str:
-        """For progress."""
+    def __str__(self) -> str:
         how = "alone" if self.frames is None else f"delta {self.frames.delta}"
         how += f", average {self.average_decay}" if self.average_decay else ""
         return f"{self.model}, {self.schedule}, seed {self.seed}, {how}"

@@ -87,8 +87,7 @@ class FramesConfig(StrictModel):
     target_error: Annotated[float, Field(gt=0, lt=1)] = 0.11
     """Constant quality: the error of what students decode (rms), as a share of the weights' own rms."""
     device: Literal["cpu", "model"] = "cpu"
-    """Where snapshots and the sender's reference are kept, and frames quantised. `model`: where the model is, so that only
-    codes cross the bus; it takes the memory of a copy of the model, and half of one more, from the GPU."""
+    """Sender's snapshot and reference; `model`: they stay on the GPU (1.5 times the weights), only codes cross the bus."""
     exchange_budget_bytes: PositiveInt | None = None
     """Constant rate, in place of constant quality: as exact as this many bytes a delta frame allow."""
 

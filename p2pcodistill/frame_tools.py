@@ -46,7 +46,8 @@ _MAX_ATTEMPTS = 3  # at a store from which a running node removes what is supers
 
 def inspect(path: Path, *, as_json: bool, max_bytes: int | None, stream: TextIO) -> int:
     """Print what the frame in `path` says of itself, and what its tensors cost. Raises UserError, OSError."""
-    with _mapped(path) as view, _named(path):
+    view = _map(path)
+    with _named(path):
         description = _describe(view, _default_cap(len(view)) if max_bytes is None else max_bytes)
     if as_json:
         print(json.dumps(description, indent=2), file=stream)
@@ -231,8 +232,8 @@ def _in_order(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if path in headers:
             raise UserError(f"{path} is given twice")
-        with _mapped(path) as view, _named(path):
-            headers[path] = read_header(view, max_bytes=2**63)
+        with _named(path):
+            headers[path] = read_header(_map(path), max_bytes=2**63)
     keyframes = [path for path, header in headers.items() if header.base is None]
     if len(keyframes) != 1:
         listed = ", ".join(map(str, keyframes)) or "none"
@@ -260,8 +261,8 @@ def _decode_chain(paths: Sequence[Path], max_bytes: int | None) -> Reference:
     cap = _default_cap(sum(path.stat().st_size for path in paths)) if max_bytes is None else max_bytes
     reference: Reference | None = None
     for path in paths:
-        with _mapped(path) as view, _named(path):
-            reference = decode_frame(view, reference, max_bytes=cap)
+        with _named(path):
+            reference = decode_frame(_map(path), reference, max_bytes=cap)
     assert reference is not None
     return reference
 
@@ -343,12 +344,11 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _check_content(stored: _Stored) -> None:
-    with _mapped(stored.path) as view:
-        manifest = stored.manifest
-        ranges = [manifest.chunk_range(index) for index in range(manifest.num_chunks)]
-        digests = [hashlib.sha256(view[offset : offset + length]).digest() for offset, length in ranges]
-        if len(view) != manifest.num_bytes or tuple(digests) != manifest.chunk_digests:
-            raise UserError(f"{stored.path} is damaged: it is not what its manifest says")
+    manifest, view = stored.manifest, _map(stored.path)
+    ranges = [manifest.chunk_range(index) for index in range(manifest.num_chunks)]
+    digests = [hashlib.sha256(view[offset : offset + length]).digest() for offset, length in ranges]
+    if len(view) != manifest.num_bytes or tuple(digests) != manifest.chunk_digests:
+        raise UserError(f"{stored.path} is damaged: it is not what its manifest says")
 
 
 # --- files -------------------------------------------------------------------------------------------------------------
@@ -359,16 +359,12 @@ def _default_cap(num_file_bytes: int) -> int:
     return _SPARE_BYTES + _MAX_RATIO * num_file_bytes
 
 
-@contextmanager
-def _mapped(path: Path) -> Iterator[memoryview]:
+def _map(path: Path) -> memoryview:
+    """The bytes of a file; unmapped when nothing refers to them any more (the traceback of an error may for a while)."""
     with path.open("rb") as file:
         if not path.stat().st_size:
             raise UserError(f"{path} is empty")
-        with (
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-            memoryview(mapped) as view,
-        ):
-            yield view
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 @contextmanager
