@@ -1,4 +1,4 @@
-"""What delta frames save, and what they cost in quality: trains everything that it measures on (about half an hour).
+"""What delta frames save, and what they cost in quality: trains all that it measures on (most of an hour on two cores).
 
 `run_ratio_vs_fp16`: the demo's pair with the demo's frames, against the same pair with fp16 keyframes, under the same seeds:
 bytes of raw fp16 checkpoints / bytes of all frames sent; difference of the final held-out losses; difference of the steps to

@@ -11,6 +11,7 @@ import os
 import statistics
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from benchmarks.exchange_100m import measure
 from benchmarks.figure import print_figure
@@ -30,6 +31,7 @@ def main() -> None:
         return
     theirs = measure_hivemind()
     ours = measure("off")
+    assert theirs["num_parameters"] == ours["num_parameters"]
     theirs_s, ours_s = statistics.median(theirs["seconds"]), statistics.median(ours["exchanges_s"])
     value = theirs_s / ours_s
     print_figure(
@@ -45,7 +47,7 @@ def main() -> None:
     )
 
 
-def measure_hivemind() -> dict[str, object]:
+def measure_hivemind() -> dict[str, Any]:
     """What `hivemind_peer` prints, run by the other venv's Python."""
     root = Path(__file__).parent.parent
     command = [str(PEERS_PYTHON), "-m", "benchmarks.hivemind_peer", "fetch"]

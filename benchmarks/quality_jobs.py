@@ -80,7 +80,7 @@ class ChainResult:
 
     @property
     def entropy_efficiency(self) -> float:
-        """Order-0 entropy of the codes, and scales / bytes sent for them, the frames' framing included; of all delta frames."""
+        """Order-0 entropy of the codes, and scales / bytes sent for them, framing included; of all delta frames."""
         return sum(self.ideal_sizes[1:]) / (sum(self.sizes[1:]) - sum(self.exact_sizes[1:]))
 
     @property

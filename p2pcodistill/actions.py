@@ -63,7 +63,10 @@ class Performer:
             case gossip.StoreChunk(frame_id, index, data):
                 self._store.put_chunk(frame_id, index, data)
             case gossip.CompleteFrame(frame_id):
-                stored = await asyncio.to_thread(self._store.complete, frame_id)
+                try:
+                    stored = await asyncio.to_thread(self._store.complete, frame_id)
+                except ValueError as error:  # the disk did not take the last chunk
+                    return [gossip.FetchRefused(frame_id, OversizedError.reason, str(error))]
                 chain = self._store.chain(stored.signed.manifest.origin)
                 return [gossip.FrameStored(frame_id, held=chain[-1].version if chain else None)]
             case gossip.AbandonFrame(frame_id):
@@ -80,6 +83,8 @@ class Performer:
                 self._store.save_incarnation(incarnation)
                 return [gossip.FramePublished(signed) for signed in await self._publisher.renew(incarnation)]
             case gossip.RequestKeyframe():
+                if not (self._link.joined and self._publisher.has_chain):
+                    return [gossip.KeyframeUnavailable()]
                 await self._link.send(KeyframeWanted())
             case gossip.OfferFrame(signed):
                 if chain := self._extend(signed.manifest.origin):

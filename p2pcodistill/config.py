@@ -81,7 +81,7 @@ class FramesConfig(StrictModel):
     """How this site's checkpoints travel: a keyframe first, then delta frames against what its students hold."""
 
     delta: Literal["adaptive", "ternary", "3-bit", "4-bit", "8-bit", "lossless", "off"] = "adaptive"
-    """Codes of delta frames. `adaptive`: as coarse as the target allows; `lossless`: bit for bit; `off`: only keyframes."""
+    """Codes of delta frames. `adaptive`: as coarse as the target allows; `lossless`: all the keyframe's bits."""
     keyframe: Literal["fp16", "bf16", "fp32", "int8"] = "fp16"
     """Precision of a chain's first keyframe. What it loses, the delta frames after it make up for."""
     target_error: Annotated[float, Field(gt=0, lt=1)] = 0.11

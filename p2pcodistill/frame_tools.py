@@ -30,7 +30,7 @@ from p2pcodistill.checkpoint.frames import (
     TensorEntry,
     read_header,
 )
-from p2pcodistill.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, Version
+from p2pcodistill.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, Version, digest_chunk
 from p2pcodistill.checkpoint.quantize import ALPHABETS, BLOCK_ELEMENTS, Alphabet
 from p2pcodistill.checkpoint.reference import Reference
 from p2pcodistill.checkpoint.snapshot import dtype_name, hash_schema
@@ -295,26 +295,29 @@ def _decode_store(folder: Path, origin: str | None, max_bytes: int | None) -> tu
     if not (store / "manifests").is_dir():
         raise UserError(f"{folder} is neither a site's run folder nor its store")
     for attempt in range(_MAX_ATTEMPTS):
-        frames = _list_store(store)
-        origins = sorted({stored.manifest.origin for stored in frames})
-        if origin not in origins:
-            held = ", ".join(origins) or "nobody"
-            asked = (
-                f"no frames of {origin}" if origin else "frames of several sites, perhaps: say --origin NAME"
-            )
-            raise UserError(f"{store} holds {asked}; it has frames of {held}")
-        own = [stored for stored in frames if stored.manifest.origin == origin]
-        chain = shortest_chain(own)
-        if not chain:
-            raise UserError(f"{store} holds no keyframe of {origin}: nothing leads to its frames")
         try:
-            for stored in chain:
-                _check_content(stored)
+            chain = _find_chain(store, origin)
             return _decode_chain([stored.path for stored in chain], max_bytes), chain[-1].version
         except FileNotFoundError:
             if attempt + 1 == _MAX_ATTEMPTS:
                 raise
-    raise AssertionError("unreachable")
+    raise AssertionError("the loop ends by returning or raising")
+
+
+def _find_chain(store: Path, origin: str | None) -> list[_Stored]:
+    """The frames that lead to the newest checkpoint of `origin`, as they should be, oldest first."""
+    frames = _list_store(store)
+    own = [stored for stored in frames if stored.manifest.origin == origin]
+    if not own:
+        held = ", ".join(sorted({stored.manifest.origin for stored in frames})) or "nobody"
+        asked = f"{store} has no frames of {origin}," if origin else f"say whose with --origin: {store} has"
+        raise UserError(f"{asked} {'but ' if origin else 'frames '}of {held}")
+    chain = shortest_chain(own)
+    if not chain:
+        raise UserError(f"{store} holds no keyframe of {origin}: nothing leads to its frames")
+    for stored in chain:
+        _check_content(stored)
+    return chain
 
 
 def _list_store(store: Path) -> list[_Stored]:
@@ -346,7 +349,7 @@ def _read_manifest(path: Path) -> Manifest:
 def _check_content(stored: _Stored) -> None:
     manifest, view = stored.manifest, _map(stored.path)
     ranges = [manifest.chunk_range(index) for index in range(manifest.num_chunks)]
-    digests = [hashlib.sha256(view[offset : offset + length]).digest() for offset, length in ranges]
+    digests = [digest_chunk(view[offset : offset + length]) for offset, length in ranges]
     if len(view) != manifest.num_bytes or tuple(digests) != manifest.chunk_digests:
         raise UserError(f"{stored.path} is damaged: it is not what its manifest says")
 

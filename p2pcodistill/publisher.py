@@ -78,6 +78,11 @@ class Publisher:
         self._idle.clear()
         self._work.set()
 
+    @property
+    def has_chain(self) -> bool:
+        """Whether the ranks of this launch have published anything that they could make a keyframe of."""
+        return self._last is not None
+
     async def drained(self) -> None:
         """Wait until every frame that was submitted is published or refused."""
         await self._idle.wait()
@@ -143,7 +148,7 @@ class Publisher:
         version = Version(ready.incarnation, ready.step)
         digests = await asyncio.to_thread(digest_chunks, path, DEFAULT_CHUNK_BYTES)
         async with self._gossip_lock:  # the chain stays what it is
-            chain = self._store.chain(ready.origin)
+            chain = () if ready.origin == self._site else self._store.chain(ready.origin)
             if version not in [stored.version for stored in chain]:
                 path.unlink(missing_ok=True)
                 return
@@ -184,6 +189,7 @@ class Publisher:
         renewed: list[SignedManifest] = []
         for stored in worth_keeping(self._store.frames(self._site)):
             copy = self._outbox / f"{stored.signed.frame_id}.again"
+            copy.unlink(missing_ok=True)
             try:
                 os.link(stored.path, copy)
             except OSError:  # a file system without hard links

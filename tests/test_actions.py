@@ -24,6 +24,7 @@ class Outlet:
 
     def __init__(self):
         self.payloads, self.messages = [], []
+        self.joined = True
 
     def send(self, peer, lane, payload):
         self.payloads.append((peer, lane, payload))
@@ -32,6 +33,10 @@ class Outlet:
     @property
     def link(self):
         class Link:
+            @property
+            def joined(_):
+                return self.joined
+
             async def send(_, message):
                 self.messages.append(message)
 
@@ -40,6 +45,8 @@ class Outlet:
 
 class Renewer:
     """A publisher that renews these frames."""
+
+    has_chain = True
 
     def __init__(self, *signed):
         self.signed = list(signed)
@@ -211,6 +218,8 @@ async def test_own_frames_are_renewed_and_keyframes_asked_of_the_ranks(tmp_path)
     assert site.store.incarnation == 8
     assert await site.performer.perform(gossip.RequestKeyframe()) == []
     assert site.outlet.messages == [KeyframeWanted()]
+    site.outlet.joined = False
+    assert await site.performer.perform(gossip.RequestKeyframe()) == [gossip.KeyframeUnavailable()]
     site.store.close()
     site.events.close()
 
@@ -219,7 +228,8 @@ async def test_a_frame_that_is_no_longer_there_is_gone(site):
     signed = await site.offer(50)
     assert await site.performer.perform(gossip.ServeChunk("oslo", signed.frame_id, 0)) == []
     await site.performer.perform(gossip.DropChain("tokyo"))
-    await site.performer.perform(gossip.ServeChunk("oslo", signed.frame_id, 0))
+    lost = await site.performer.perform(gossip.ServeChunk("oslo", signed.frame_id, 0))
+    assert lost == [gossip.FrameLost(signed.frame_id)]
     (_, lane, _), (peer, _, payload) = site.outlet.payloads
     assert (peer, lane) == ("oslo", Lane.BULK)
     assert decode_message(payload) == Gone(signed.frame_id)

@@ -45,12 +45,14 @@ def folder(tmp_path):
 
 
 def test_help_and_version_are_for_strangers(capsys):
-    for arguments in (["--help"], ["node", "--help"], ["simulate", "--help"], ["keygen", "--help"]):
+    commands = ([], ["node"], ["simulate"], ["keygen"], ["frame"], ["frame", "inspect"], ["frame", "decode"])
+    for arguments in ([*command, "--help"] for command in commands):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "--peers" in shown and "simulations/pair.toml" in shown and "PUBLIC-IDENTITY" in shown
+    assert "frame decode runs/run-berlin --origin tokyo" in shown
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out.startswith("p2pcodistill 0.")

@@ -320,8 +320,10 @@ def test_stores_without_what_was_asked_for_are_named(
     run_folder: Path, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = "--out", tmp_path / "out"
-    assert "it has frames of tokyo" in refused(capsys, "decode", run_folder, "--origin", "lima", *out)
-    assert "--origin" in refused(capsys, "decode", run_folder, *out)
+    assert "no frames of lima, but of tokyo" in refused(
+        capsys, "decode", run_folder, "--origin", "lima", *out
+    )
+    assert "with --origin: " in refused(capsys, "decode", run_folder, *out)
     assert "neither" in refused(capsys, "decode", tmp_path, "--origin", "tokyo", *out)
     keyframe = max((run_folder / "store" / "frames").iterdir(), key=lambda path: path.stat().st_size)
     keyframe.unlink()

@@ -38,6 +38,7 @@ _KEYFRAME_DTYPES = {
     "fp32": torch.float32,
     "int8": torch.float16,
 }
+_LARGEST_CODED = 1e15  # squares of what is larger leave fp32
 _LARGEST = {dtype: float(torch.finfo(dtype).max) for dtype in CODABLE_DTYPES}
 
 
@@ -65,7 +66,7 @@ class FrameEncoder:
         self._reference: Reference | None = None
         self._buffers: frozenset[str] = frozenset()
         self._rate = RateControl(config) if config.delta not in ("lossless", "off") else None
-        self._quantizer: Quantizer | None = None
+        self._quantizers: dict[torch.device, Quantizer] = {}
         self._num_keyframe_bytes = 0
         self._num_delta_bytes = 0
 
@@ -89,11 +90,11 @@ class FrameEncoder:
         Raises NonFiniteError, naming the tensor, when a value is NaN or infinite; MalformedError or OversizedError when the
         snapshot is outside of what a frame can hold (dtypes, number and names of tensors); OSError of the sink.
         """
-        reference = self._reference
         _wait_for(snapshot)
         largest = {name: largest_magnitude(name, tensor) for name, tensor in snapshot.tensors.items()}
-        self._reference = None
+        reference, self._reference = self._reference, None
         if reference is None or self._config.delta == "off" or not _is_same_model(snapshot, reference):
+            del reference  # before there is another one
             frame, self._reference = self._encode_keyframe(snapshot, largest, sink)
             self._num_keyframe_bytes, self._num_delta_bytes = frame.num_bytes, 0
         else:
@@ -182,7 +183,9 @@ class FrameEncoder:
             weights, held = snapshot.tensors[name].view(-1), reference.tensors[name].view(-1)
             samples[name] = sample_difference(weights, held, num_samples)
         num_other_bytes = sum(
-            tensor.nbytes for name, tensor in reference.tensors.items() if name not in samples
+            held.nbytes
+            for name, held in reference.tensors.items()
+            if name not in samples and not _is_unchanged(held, snapshot.tensors[name])
         )
         plan = self._rate.plan(list(samples.values()), num_other_bytes)
         return plan, {name: sample.rms for name, sample in samples.items()}
@@ -192,7 +195,7 @@ class FrameEncoder:
         return (
             is_codable(snapshot, name)
             and held.dtype in CODABLE_DTYPES
-            and largest <= _LARGEST[held.dtype]
+            and largest <= min(_LARGEST[held.dtype], _LARGEST_CODED)
             and held.numel() > 0
         )
 
@@ -202,9 +205,12 @@ class FrameEncoder:
         """Write a tensor of a delta frame as it is, if it is not what the receivers have already."""
         wire = snapshot.tensors[name].to(self._choose_wire_dtype(snapshot, name, largest))
         held = reference.tensors[name]
-        if held.dtype == wire.dtype and torch.equal(raw_bytes(held), raw_bytes(wire)):
+        if _is_unchanged(held, wire):
             return SAME
-        reference.tensors[name] = wire.clone()  # the snapshot's own, perhaps
+        if held.dtype == wire.dtype:
+            held.copy_(wire)
+        else:
+            reference.tensors[name] = wire.clone() if wire is snapshot.tensors[name] else wire
         _write_exact(writer, wire)
         return EXACT
 
@@ -212,11 +218,10 @@ class FrameEncoder:
         self, writer: FrameWriter, tensor: Tensor, reference: Tensor, plan: Plan, rms: float
     ) -> None:
         weights, held = tensor.view(-1), reference.view(-1)
-        if self._quantizer is None:
-            self._quantizer = Quantizer(tensor.device)
+        quantizer = self._quantizers.setdefault(tensor.device, Quantizer(tensor.device))
         for start in range(0, len(weights), SEGMENT_ELEMENTS):
             segment = slice(start, start + SEGMENT_ELEMENTS)
-            scales, symbols = self._quantizer.encode(
+            scales, symbols = quantizer.encode(
                 weights[segment], held[segment], plan.alphabet, plan.step * rms
             )
             mask, others = split_zeros(symbols.cpu().numpy(), plan.alphabet.zero_symbol)
@@ -271,6 +276,10 @@ def _wait_for(snapshot: Snapshot) -> None:
     """The copies of a snapshot may still be under way on the stream that the model trains on."""
     for device in {tensor.device for tensor in snapshot.tensors.values()} - {torch.device("cpu")}:
         torch.accelerator.synchronize(device)
+
+
+def _is_unchanged(held: Tensor, wire: Tensor) -> bool:
+    return held.dtype == wire.dtype and torch.equal(raw_bytes(held), raw_bytes(wire))
 
 
 def _is_same_model(snapshot: Snapshot, reference: Reference) -> bool:

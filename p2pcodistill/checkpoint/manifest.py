@@ -6,7 +6,7 @@ A manifest's *body* is one msgpack array in fixed order, its first element the f
      schema_hash, num_fp16_bytes, num_bytes, chunk_bytes, digests]
 
 The base is the version that a delta frame is applied to; both its fields are nil for a keyframe. `schema_hash`
-is 32 bytes, `digests` the concatenated SHA-256 of the chunks in order. The origin signs
+is 32 bytes, `digests` the concatenated BLAKE3 of the chunks in order. The origin signs
 `SIGNATURE_DOMAIN + body` with its Ed25519 key; the SHA-256 of the body names the frame everywhere. What is
 verified, kept and passed on is the body as it was received, never a re-encoding of it.
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 import msgpack
+from blake3 import blake3
 
 from p2pcodistill.errors import MalformedError, OversizedError
 from p2pcodistill.identity import Identity, PublicIdentity
@@ -29,7 +30,7 @@ from p2pcodistill.identity import Identity, PublicIdentity
 FORMAT_VERSION = 2
 SIGNATURE_DOMAIN = b"p2pcodistill manifest 2\0"
 
-DIGEST_BYTES = hashlib.sha256().digest_size
+DIGEST_BYTES = 32
 MAX_NAME_CHARS = 64
 MAX_COUNTER = 2**63 - 1
 
@@ -232,15 +233,19 @@ def verify_manifest(body: bytes, signature: bytes, public: PublicIdentity) -> Si
 
 
 def digest_chunks(source: Path | bytes, chunk_bytes: int) -> tuple[bytes, ...]:
-    """SHA-256 of each chunk of a file (read chunk by chunk) or of bytes, in order. Raises OSError."""
+    """`digest_chunk` of each chunk of a file (read chunk by chunk) or of bytes, in order. Raises OSError."""
     if isinstance(source, bytes):
         view = memoryview(source)
         return tuple(
-            hashlib.sha256(view[start : start + chunk_bytes]).digest()
-            for start in range(0, len(view), chunk_bytes)
+            digest_chunk(view[start : start + chunk_bytes]) for start in range(0, len(view), chunk_bytes)
         )
     with source.open("rb") as file:
-        return tuple(hashlib.sha256(chunk).digest() for chunk in iter(lambda: file.read(chunk_bytes), b""))
+        return tuple(digest_chunk(chunk) for chunk in iter(lambda: file.read(chunk_bytes), b""))
+
+
+def digest_chunk(data: bytes | memoryview) -> bytes:
+    """BLAKE3 of a chunk: every checkpoint is hashed at both ends, and this is several times as fast as SHA-256."""
+    return blake3(data).digest()
 
 
 def _check_body_size(body: bytes) -> None:

@@ -31,6 +31,7 @@ CHUNK_ELEMENTS = 1 << 16
 DEAD_ZONE = 0.6
 """Of codes with several levels, in steps: below half a step more is lost in bits than is won in precision."""
 INT8_LEVELS = 127
+_MAX_REACHES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ class Quantizer:
 
         self._base, self._delta, self._kept, self._codes = buffer(), buffer(), buffer(), buffer()
         self._int8 = buffer(torch.int8)
+        self._narrow: dict[torch.dtype, Tensor] = {}
 
     def encode(
         self, weights: Tensor, reference: Tensor, alphabet: Alphabet, step: float
@@ -105,9 +107,8 @@ class Quantizer:
             num_padded = self._load(reference[chunk])
             delta = self._delta[:num_padded]
             delta[len(weights[chunk]) :] = 0
-            torch.sub(
-                weights[chunk], self._base[: len(weights[chunk])], out=delta[: len(weights[chunk])]
-            )  # one kernel for both dtypes would be slower
+            delta[: len(weights[chunk])].copy_(self._round(weights[chunk], reference.dtype))
+            delta.sub_(self._base[:num_padded])
             quantize = self._ternary if alphabet.num_levels == 1 else self._uniform
             quantize(delta, alphabet, step, scales[blocks])
             self._move(reference[chunk], scales[blocks])
@@ -125,6 +126,14 @@ class Quantizer:
             num_padded = self._load(reference[chunk])
             _unpack(rows[blocks].reshape(-1), alphabet, self._codes[:num_padded])
             self._move(reference[chunk], scales[blocks])
+
+    def _round(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """A chunk of the weights as the reference could hold it: what differs by less has not moved."""
+        if weights.dtype == dtype:
+            return weights
+        if dtype not in self._narrow:
+            self._narrow[dtype] = torch.empty(CHUNK_ELEMENTS, dtype=dtype, device=weights.device)
+        return self._narrow[dtype][: len(weights)].copy_(weights)
 
     def _load(self, reference: Tensor) -> int:
         """Put a chunk of the reference into the buffer as fp32; its length, filled up with zeros to whole blocks."""
@@ -144,13 +153,19 @@ class Quantizer:
         self._int8[: len(delta)].copy_(codes)
 
     def _uniform(self, delta: Tensor, alphabet: Alphabet, step: float, scales: Tensor) -> None:
-        """Codes of several levels; what is beyond the last level waits for the next frames, as what is too small does."""
+        """Codes of several levels; what is beyond the last level waits for the next frames, as what is too small does.
+
+        So that it does not wait for long, levels are further apart in a block whose largest difference is far beyond.
+        """
         kept, codes = self._kept[: len(delta)], self._codes[: len(delta)]
-        scale = torch.tensor(step).bfloat16()
-        torch.div(delta, max(float(scale), torch.finfo(torch.float32).tiny), out=kept)
+        blocks = delta.view(-1, BLOCK_ELEMENTS)
+        scales.copy_((blocks.abs().amax(1) / (_MAX_REACHES * alphabet.num_levels)).clamp_(min=step))
+        steps = scales.float().clamp_(min=torch.finfo(torch.float32).tiny)[:, None]
+        torch.div(blocks, steps, out=kept.view(-1, BLOCK_ELEMENTS))
         torch.sign(kept, out=codes)
         codes.mul_(kept.abs_().add_(1 - DEAD_ZONE).floor_().clamp_(max=alphabet.num_levels))
-        scales.copy_(codes.view(-1, BLOCK_ELEMENTS).any(1)).mul_(scale)
+        codes.add_(0.0)  # no code is -0.0, which would not add to a reference of -0.0 what receivers add
+        scales.mul_(codes.view(-1, BLOCK_ELEMENTS).any(1))
         self._int8[: len(delta)].copy_(codes)
 
     def _move(self, reference: Tensor, scales: Tensor) -> None:

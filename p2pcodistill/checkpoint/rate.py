@@ -18,7 +18,7 @@ from p2pcodistill.checkpoint.quantize import ALPHABETS, DEAD_ZONE, Alphabet
 from p2pcodistill.config import FramesConfig
 
 MAX_LEFT_SHARE = 0.88
-"""However small the change: a frame leaves at most so much of it for the next ones (rms), so that the receivers keep up."""
+"""Of constant quality, however small the change: what a frame leaves of it for the next ones at most (rms)."""
 NUM_SAMPLES = 1 << 14
 _RUN_ELEMENTS = 256
 _STEP_RATIO = 1.15
@@ -61,7 +61,7 @@ def sample_difference(weights: Tensor, reference: Tensor, num_samples: int) -> S
     """About `num_samples` of `weights` - `reference` (flat), in short runs all over the tensor; the same ones every time."""
     num_runs = max(1, num_samples // _RUN_ELEMENTS)
     num_elements = len(weights)
-    if num_elements <= num_samples:
+    if num_elements <= max(num_samples, _RUN_ELEMENTS):
         return _sample(weights, reference, num_elements)
     starts = torch.arange(num_runs, device=weights.device) * ((num_elements - _RUN_ELEMENTS) // num_runs)
     indices = (starts[:, None] + torch.arange(_RUN_ELEMENTS, device=weights.device)).flatten()
@@ -69,7 +69,8 @@ def sample_difference(weights: Tensor, reference: Tensor, num_samples: int) -> S
 
 
 def _sample(weights: Tensor, reference: Tensor, num_elements: int) -> Sample:
-    weights = weights.float()
+    # As they would be held: what is only rounded away has not moved.
+    weights = weights.to(reference.dtype).float()
     weights_rms = float(weights.square().mean().sqrt()) if len(weights) else 0.0
     return Sample(weights - reference.float(), weights_rms, num_elements)
 
@@ -93,7 +94,10 @@ class RateControl:
             return min(good, key=_cost) if good else min(plans, key=_error)
         budget = (self._budget_bytes - num_other_bytes) / self._correction
         good = [plan for plan in plans if plan.num_bytes <= budget]
-        return min(good, key=_error) if good else min(plans, key=_cost)
+        if good:
+            return min(good, key=_error)
+        # What travels exactly is over the budget by itself: at least the rest is not left behind for ever.
+        return min((plan for plan in plans if plan.left_share <= MAX_LEFT_SHARE), key=_cost)
 
     def learn(self, plan: Plan, num_bytes: int) -> None:
         """The codes and scales of `plan` came to so many bytes."""

@@ -22,7 +22,6 @@ plane and imports neither torch nor numpy.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -41,6 +40,7 @@ from p2pcodistill.checkpoint.manifest import (
     Manifest,
     SignedManifest,
     Version,
+    digest_chunk,
     digest_chunks,
     verify_manifest,
 )
@@ -267,7 +267,7 @@ class FrameStore:
                 if error.errno not in (errno.ENOENT, errno.EIO):
                     raise
                 data = b""
-            if hashlib.sha256(data).digest() != stored.signed.manifest.chunk_digests[index]:
+            if digest_chunk(data) != stored.signed.manifest.chunk_digests[index]:
                 self._unlink(frame_id)
                 del self._complete[frame_id]
                 return None
@@ -490,7 +490,7 @@ def _find_chunks(descriptor: int, manifest: Manifest) -> set[int]:
     present = set()
     for index, digest in enumerate(manifest.chunk_digests):
         offset, length = manifest.chunk_range(index)
-        if hashlib.sha256(os.pread(descriptor, length, offset)).digest() == digest:
+        if digest_chunk(os.pread(descriptor, length, offset)) == digest:
             present.add(index)
     return present
 

@@ -263,7 +263,8 @@ class Codistiller:
         for name, vote in decision.votes.items():
             if vote is not Vote.WAIT:
                 candidate = self._candidates.pop(name)
-                self._settled[name] = candidate.offer.version
+                if vote is not Vote.GONE:  # else what has taken its place may be the same version
+                    self._settled[name] = candidate.offer.version
                 self._settle(candidate, vote)
         for name, offer in decision.inbox.offers.items():
             if name not in self._candidates and offer.version > self._settled.get(name, (-1, -1)):

@@ -34,9 +34,9 @@ class ChainFile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A teacher's checkpoint that is there to be read: a chain of frames, of which the last leads to it.
+    """A teacher's checkpoint that is there to be read: a chain of frames, keyframe first, of which the last leads to it.
 
-    The files lie in `folder`, which every rank must be able to read; frames that a rank has applied already may be left out.
+    The files lie in `folder`, which every rank must be able to read.
     """
 
     teacher: str

@@ -126,7 +126,9 @@ class TeacherBank:
         Everything has been copied when this returns: the reference may then move on.
         """
         teacher = self.teachers[name]
-        targets = cast(Mapping[str, Tensor], get_model_state_dict(teacher.module))
+        # A model all of whose weights are packed has no state of its own left.
+        is_packed = reference.tensors.keys() <= teacher.packed.keys()
+        targets = {} if is_packed else cast(Mapping[str, Tensor], get_model_state_dict(teacher.module))
         with torch.no_grad():
             for tensor_name, tensor in reference.tensors.items():
                 packed = teacher.packed.get(tensor_name)

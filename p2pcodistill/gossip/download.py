@@ -6,12 +6,11 @@ anywhere. A cut loses only what was under way; whatever arrived is never asked f
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from p2pcodistill.checkpoint.manifest import SignedManifest, Version
+from p2pcodistill.checkpoint.manifest import SignedManifest, Version, digest_chunk
 from p2pcodistill.errors import ChecksumError, MalformedError
 from p2pcodistill.gossip.messages import Chunk
 
@@ -180,7 +179,7 @@ class Download:
         num_bytes = manifest.chunk_range(chunk.index)[1]
         if len(chunk.data) != num_bytes:
             raise MalformedError(f"chunk {chunk.index} has {len(chunk.data)} bytes instead of {num_bytes}")
-        if hashlib.sha256(chunk.data).digest() != manifest.chunk_digests[chunk.index]:
+        if digest_chunk(chunk.data) != manifest.chunk_digests[chunk.index]:
             raise ChecksumError(f"chunk {chunk.index} does not match its hash")
         self._held.add(chunk.index)
         return True

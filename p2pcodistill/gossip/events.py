@@ -98,6 +98,11 @@ class TrainingFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyframeUnavailable:
+    """Nobody can make the keyframe of a `RequestKeyframe` now: whoever waits for it gets what there is."""
+
+
+@dataclass(frozen=True, slots=True)
 class IncarnationRaised:
     """The node began a new incarnation of its own accord, as it does for each launch of its workers."""
 
@@ -121,6 +126,7 @@ Event: TypeAlias = (
     | ChainBroken
     | TrainingFinished
     | IncarnationRaised
+    | KeyframeUnavailable
     | Ticked
 )
 

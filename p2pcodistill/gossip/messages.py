@@ -13,7 +13,7 @@ hexadecimal digits everywhere else.
     5     Gone      frame id
     6     Finished
     7     Refusal   reason, why
-    8     CatchUp   incarnation and step held (both nil: nothing)
+    8     CatchUp   incarnation and step held (both nil: nothing), afresh
 
 The code and the version of a Hello keep their places in every version of the protocol, so that nodes of
 different versions can tell each other what is wrong. Decoding checks caps first, then parses, then checks
@@ -129,10 +129,12 @@ class Refusal:
 class CatchUp:
     """The sender holds version `held` of the receiver's checkpoints and asks for a path from there to the newest one.
 
-    None: it holds nothing that it could go on from.
+    None: it holds nothing that it could go on from. `afresh`: it could not apply what led to what it held, so that nothing
+    but a keyframe of the newest version helps.
     """
 
     held: Version | None
+    afresh: bool = False
 
 
 Message: TypeAlias = Hello | Announce | Want | Chunk | Gone | Finished | Refusal | CatchUp
@@ -158,7 +160,7 @@ _NUM_FIELDS = {
     _Code.GONE: 1,
     _Code.FINISHED: 0,
     _Code.REFUSAL: 2,
-    _Code.CATCH_UP: 2,
+    _Code.CATCH_UP: 3,
 }
 _MAX_BULK_BYTES = {_Code.ANNOUNCE: MAX_MANIFEST_BYTES, _Code.CHUNK: MAX_CHUNK_BYTES}
 _T = TypeVar("_T")
@@ -186,8 +188,8 @@ def encode_message(message: Message) -> Payload:
             return _pack(_Code.FINISHED)
         case Refusal(reason, why):
             return _pack(_Code.REFUSAL, reason, why)
-        case CatchUp(held):
-            return _pack(_Code.CATCH_UP, *((held.incarnation, held.step) if held else (None, None)))
+        case CatchUp(held, afresh):
+            return _pack(_Code.CATCH_UP, *((held.incarnation, held.step) if held else (None, None)), afresh)
 
 
 def decode_message(payload: Sequence[bytes]) -> Message:
@@ -233,9 +235,13 @@ def decode_message(payload: Sequence[bytes]) -> Message:
                 raise MalformedError("a refusal's reason is not a word")
             return Refusal(reason, _text(fields[1], MAX_WHY_CHARS, "refusal's sentence"))
         case _Code.CATCH_UP:
-            if fields == [None, None]:
-                return CatchUp(None)
-            return CatchUp(Version(_number(fields[0], "held incarnation"), _number(fields[1], "held step")))
+            incarnation, step, raw_afresh = fields
+            afresh = _checked(raw_afresh, bool, "wish for a new keyframe")
+            if incarnation is None and step is None:
+                return CatchUp(None, afresh)
+            return CatchUp(
+                Version(_number(incarnation, "held incarnation"), _number(step, "held step")), afresh
+            )
 
 
 def _pack(code: _Code, *fields: object) -> tuple[bytes]:

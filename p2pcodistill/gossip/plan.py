@@ -37,6 +37,7 @@ class Plan:
         self._needs_path = False
         self._num_requests = 0  # without news
         self._unavailable: dict[str, None] = {}  # frames that could not be had in this session
+        self._is_broken = False  # what led to what was held cannot be applied
         self._is_mending = False  # a broken chain is being replaced, and nothing new was announced meanwhile
 
     @property
@@ -105,7 +106,7 @@ class Plan:
             return None
         self._needs_path = False
         self._num_requests += 1
-        self.asked = CatchUp(None if self._unavailable else self.held)
+        self.asked = CatchUp(None if self._unavailable else self.held, afresh=self._is_broken)
         return self.asked
 
     # --- what becomes of its head ------------------------------------------------------------------------------------
@@ -115,6 +116,7 @@ class Plan:
         # If it does not reach so far, it has become too long, or has lost a frame: from there nothing leads on.
         self.held = held if held is not None and held >= version else None
         self._unavailable.clear()
+        self._is_broken = False
         self.offers = [
             offer
             for offer in self.offers
@@ -149,6 +151,7 @@ class Plan:
     def break_chain(self) -> None:
         """What is held turned out to be worthless."""
         self.held = self._reached = None
+        self._is_broken = True
         self._drop_dangling()
         if not self.offers and not self._is_mending:
             self._needs_path = True

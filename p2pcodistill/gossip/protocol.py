@@ -31,6 +31,7 @@ from p2pcodistill.gossip.events import (
     FramePublished,
     FrameStored,
     IncarnationRaised,
+    KeyframeUnavailable,
     OfferFrame,
     PayloadReceived,
     PeerClosed,
@@ -81,6 +82,7 @@ __all__ = [
     "FrameStored",
     "Gossip",
     "IncarnationRaised",
+    "KeyframeUnavailable",
     "OfferFrame",
     "PayloadReceived",
     "PeerClosed",
@@ -156,6 +158,7 @@ class Gossip:
             stall_timeout_s=stall_timeout_s,
         )
         self._publishing = Publishing(own_frames)
+        self._believed: set[str] = set()  # peers that told of a past life of this site
         self._serving = Serving(window_bytes=window_bytes)
         self._serving.hold(site, self._publishing.kept, now_s=0.0)
 
@@ -213,6 +216,8 @@ class Gossip:
             case ChainBroken(origin):
                 self._transfers.break_chain(origin)
                 return [DropChain(origin)]
+            case KeyframeUnavailable():
+                return self._answer_waiting()
             case TrainingFinished():
                 self._membership.has_finished = True
                 return [*(send(peer, Finished()) for peer in self.peers_ready), *self._answer_waiting()]
@@ -264,6 +269,9 @@ class Gossip:
         is_newer = known_incarnation >= self.incarnation
         if not (is_newer and self._publishing.is_from_past_life(peer, known_incarnation)):
             return []
+        if peer in self._believed:  # a past life can be remembered only once: this one keeps us busy
+            return []
+        self._believed.add(peer)
         self._membership.raise_incarnation(known_incarnation + 1)
         return [RaiseIncarnation(self.incarnation)]
 
@@ -277,10 +285,10 @@ class Gossip:
                 return self._note(accepted)
             case Announce():
                 return self._follow(peer, message)
-            case CatchUp(held):
+            case CatchUp():
                 if peer not in self._students:
                     raise UnknownPeerError(f"{peer} asked for a path, but is no student of this site")
-                return self._answer(peer, held, at_any_price=self._membership.has_finished)
+                return self._answer(peer, message, at_any_price=self._membership.has_finished)
             case Want(frame_id, indices):
                 if not self._serving.want(peer, message):
                     return [send(peer, Gone(frame_id))]
@@ -343,15 +351,15 @@ class Gossip:
         announcement = self._publishing.announce_to(peer, known_incarnation=known)
         return [send(peer, announcement)] if announcement else []
 
-    def _answer(self, peer: str, held: Version | None, *, at_any_price: bool) -> list[Action]:
+    def _answer(self, peer: str, request: CatchUp, *, at_any_price: bool) -> list[Action]:
         known = self._membership.known_incarnation_of_us(peer)
-        path = self._publishing.answer(peer, held, known_incarnation=known, at_any_price=at_any_price)
+        path = self._publishing.answer(peer, request, known_incarnation=known, at_any_price=at_any_price)
         is_due = self._publishing.take_request() and not self._membership.has_finished
         return [*(send(peer, part) for part in path), *([RequestKeyframe()] if is_due else [])]
 
     def _answer_waiting(self) -> list[Action]:
         waiting = self._publishing.waiting.items()
-        return [action for peer, held in waiting for action in self._answer(peer, held, at_any_price=True)]
+        return [action for peer, asked in waiting for action in self._answer(peer, asked, at_any_price=True)]
 
     def _offer_stored(self, frame_id: str, held: Version | None, now_s: float) -> list[Action]:
         download = self._transfers.store(frame_id, held)

@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from p2pcodistill.checkpoint.chain import cheapest_path, worth_keeping
-from p2pcodistill.checkpoint.manifest import SignedManifest, Version
-from p2pcodistill.gossip.messages import Announce
+from p2pcodistill.checkpoint.manifest import SignedManifest
+from p2pcodistill.errors import MalformedError
+from p2pcodistill.gossip.messages import Announce, CatchUp
 
+MAX_ANSWERS = 32
+"""How often a student may ask to catch up between two frames of this site; honest ones stop far earlier."""
 MAX_FRAMES_PER_REQUEST = 2
 """A keyframe that has not come after so many other frames is asked for again, if somebody still waits for it."""
 
@@ -32,7 +35,8 @@ class Publishing:
         self._keep(frames)
         self._remembered_incarnation = self._newest.version.incarnation if self._newest else 0
         self._told_incarnation: dict[str, int] = {}
-        self._waiting: dict[str, Version | None] = {}
+        self._waiting: dict[str, CatchUp] = {}
+        self._num_answers: dict[str, int] = {}  # since the last frame was published
         self._num_published_since_request: int | None = None
         self._is_request_due = False
 
@@ -51,6 +55,7 @@ class Publishing:
         if not is_new and not is_keyframe_of_newest:
             return False
         self._keep([*self._kept, signed])
+        self._num_answers.clear()
         if signed.base is None:
             self._num_published_since_request = None
         elif self._num_published_since_request is not None:
@@ -74,24 +79,28 @@ class Publishing:
     # --- catching up -----------------------------------------------------------------------------------------------
 
     @property
-    def waiting(self) -> dict[str, Version | None]:
-        """The students that wait for an answer, and what they hold."""
+    def waiting(self) -> dict[str, CatchUp]:
+        """The students that wait for an answer, and what they asked."""
         return dict(self._waiting)
 
     def answer(
-        self, student: str, held: Version | None, *, known_incarnation: int, at_any_price: bool
+        self, student: str, request: CatchUp, *, known_incarnation: int, at_any_price: bool
     ) -> list[Announce]:
-        """The path for a student that asks to catch up from `held`. Where there is none yet, the student waits.
+        """The path for a student that asks to catch up. Where there is none yet, the student waits.
 
-        So it does, unless the path goes `at_any_price`, where a keyframe of the newest version would be cheaper.
+        So it does, unless the path goes `at_any_price`, where a keyframe of the newest version would be cheaper, or is what
+        it asks for. Raises MalformedError for a student that asks again and again.
         """
         self._waiting.pop(student, None)
         newest = self._newest
-        if newest is not None and held is not None and held >= newest.version:
+        if newest is not None and request.held is not None and request.held >= newest.version:
             return []  # it is not behind
-        path = self._find_path(held, known_incarnation, at_any_price)
+        self._num_answers[student] = self._num_answers.get(student, 0) + 1
+        if self._num_answers[student] > MAX_ANSWERS:
+            raise MalformedError(f"{student} asks to catch up again and again")
+        path = self._find_path(request, known_incarnation, at_any_price)
         if path is None:
-            self._waiting[student] = held
+            self._waiting[student] = request
             if newest is not None and self._num_published_since_request is None:
                 self._num_published_since_request = 0
                 self._is_request_due = True
@@ -135,14 +144,18 @@ class Publishing:
         self._kept = worth_keeping(frames, keyframe_bytes=self._keyframe_bytes)
 
     def _find_path(
-        self, held: Version | None, known_incarnation: int, at_any_price: bool
+        self, request: CatchUp, known_incarnation: int, at_any_price: bool
     ) -> list[SignedManifest] | None:
         newest = self._newest
         if newest is None or newest.version.incarnation < known_incarnation:
             return None
-        path = cheapest_path(self._kept, held)
+        path = cheapest_path(self._kept, request.held)
         if path is None or at_any_price:
             return path
-        # A keyframe of the reference is lossless, whatever the chain began with: a little less than the raw fp16 tensors.
-        num_bytes = sum(signed.num_bytes for signed in path)
-        return path if num_bytes <= newest.manifest.num_fp16_bytes else None
+        if request.afresh:
+            keyframes = (s for s in self._kept if s.version == newest.version and s.base is None)
+            return [keyframe] if (keyframe := next(keyframes, None)) else None
+        # A new keyframe would be one of the reference, lossless, whatever this chain began with.
+        num_fresh_bytes = max(newest.manifest.num_fp16_bytes, self._keyframe_bytes or 0)
+        is_cheap = len(path) == 1 or sum(signed.num_bytes for signed in path) <= num_fresh_bytes
+        return path if is_cheap else None

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -80,7 +82,7 @@ class FrameReceiver:
             self._held.pop(offer.teacher, None)
             missing, reference = offer.frames, None
         for file in missing:
-            data = self._read(Path(offer.folder, file.file_name))
+            data = self._map(Path(offer.folder, file.file_name))
             reference = decode_frame(data, reference, max_bytes=self._max_frame_bytes)
             if reference.step != file.step:
                 raise MalformedError(
@@ -90,13 +92,17 @@ class FrameReceiver:
         assert reference is not None, "an offer has at least one frame"
         return reference
 
-    def _read(self, path: Path) -> bytes:
-        num_bytes = path.stat().st_size
-        if num_bytes > self._max_frame_bytes:
-            raise OversizedError(
-                f"a frame of {num_bytes} bytes is over the cap of {self._max_frame_bytes} for this model"
-            )
-        return path.read_bytes()
+    def _map(self, path: Path) -> memoryview:
+        """A frame's bytes, without reading them all at once: the store's files never change."""
+        with path.open("rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            if num_bytes > self._max_frame_bytes:
+                raise OversizedError(
+                    f"a frame of {num_bytes} bytes is over the cap of {self._max_frame_bytes} for this model"
+                )
+            if num_bytes == 0:
+                raise MalformedError("a frame is empty")
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     # --- in place of a long chain --------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from p2pcodistill.checkpoint.chain import MAX_CHAIN_FRAMES
 from p2pcodistill.checkpoint.encoder import EncodedFrame, FrameEncoder
 from p2pcodistill.checkpoint.snapshot import Snapshot
 from p2pcodistill.config import FramesConfig
+from p2pcodistill.errors import NonFiniteError
 from p2pcodistill.group.link import EventHappened, FrameReady, FrameTaken
 from p2pcodistill.telemetry import Event, SnapshotSkipped, to_record
 
@@ -130,7 +131,11 @@ class FrameSender:
         try:
             with outbox_file(path) as file:
                 frame = self._encoder.encode(snapshot, file)
-        except Exception as error:  # weights that are not finite, a full disk: training goes on
+        except NonFiniteError as error:  # nothing has been written: the chain goes on from where it was
+            self._skip(snapshot.step, str(error))
+            return
+        except Exception as error:  # a full disk, above all: training goes on
+            _logger.warning("step %d could not be encoded", snapshot.step, exc_info=error)
             self._start_over()  # the reference may have moved on without its receivers
             self._skip(snapshot.step, str(error))
             return

@@ -167,6 +167,8 @@ class SiteHistory:
     """A checkpoint of this site's as raw fp16."""
     fetched: dict[str, Fetched] = field(default_factory=dict)
     """Per origin."""
+    swapped: dict[str, set[tuple[int, int]]] = field(default_factory=dict)
+    """Per teacher: the versions that were learnt from."""
     num_refusals: int = 0
     num_node_starts: int = 0
     num_group_starts: int = 0
@@ -221,6 +223,9 @@ class SiteHistory:
                     _put(history.evaluations, event.step, _number(event.val_loss))
                 case TeacherSwapped():
                     history.num_teacher_swaps += 1
+                    history.swapped.setdefault(event.teacher, set()).add(
+                        (event.incarnation, event.teacher_step)
+                    )
                 case FramePublished():
                     history.num_frames_published += 1
                     history.num_keyframes_published += event.kind == "keyframe"

@@ -149,12 +149,13 @@ def _headlines(arms: Sequence[ArmResult], num_steps: int) -> dict[str, Any]:
 
 
 def _fetched_from(arm: ArmResult, site: str) -> tuple[int, int]:
-    """What the others have fetched of `site`: bytes of checkpoints as raw fp16, and of the frames that brought them."""
+    """Bytes of the checkpoints of `site` that the others learnt from, as raw fp16, and of all its frames they fetched."""
     num_fp16_bytes = arm.sites[site].num_fp16_bytes
     fetched = [history.fetched[site] for history in arm.sites.values() if site in history.fetched]
     if num_fp16_bytes is None:
         return 0, 0
-    return num_fp16_bytes * sum(len(of.versions) for of in fetched), sum(of.num_bytes for of in fetched)
+    num_versions = sum(len(history.swapped.get(site, ())) for history in arm.sites.values())
+    return num_fp16_bytes * num_versions, sum(of.num_bytes for of in fetched)
 
 
 def _gap_closed(losses: Mapping[Kind, float | None]) -> float | None:

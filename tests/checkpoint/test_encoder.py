@@ -225,6 +225,31 @@ def test_unchanged_rows_cost_almost_nothing():
     torch.testing.assert_close(encoder.reference.tensors["embed"][80:].float(), table[80:])
 
 
+@pytest.mark.parametrize("delta", DELTAS)
+def test_frozen_tensors_cost_next_to_nothing(delta):
+    torch.manual_seed(0)
+    encoder = FrameEncoder(FramesConfig(delta=delta))
+    frozen, trained = torch.randn(300, 1000), torch.randn(40, 50)
+    for step in range(3):
+        tensors = {"frozen": frozen.clone(), "trained": trained + 0.1 * step}
+        frame = encoder.encode(Snapshot(step, tensors, {}), io.BytesIO())
+    assert frame.num_bytes < 6000
+
+
+@pytest.mark.parametrize("delta", ["adaptive", "ternary", "3-bit", "4-bit", "8-bit"])
+def test_a_few_rows_that_move_far_arrive_soon(delta):
+    torch.manual_seed(0)
+    encoder = FrameEncoder(FramesConfig(delta=delta, target_error=0.02))
+    weights = torch.randn(4000, 256) * 0.02
+    encoder.encode(Snapshot(0, {"w": weights.clone()}, {}), io.BytesIO())
+    weights[1001:1004] += 0.5
+    for step in range(1, 16):
+        weights += 1e-5 * torch.randn(4000, 256)
+        encoder.encode(Snapshot(step, {"w": weights.clone()}, {}), io.BytesIO())
+    left = (weights - encoder.reference.tensors["w"].float())[1001:1004]
+    assert float(left.abs().mean()) < 0.05
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_ternary_frames_are_near_the_entropy_of_their_codes(seed):
     torch.manual_seed(seed)

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgpack
 import pytest
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -125,9 +126,7 @@ def test_versions_order_by_incarnation_then_step() -> None:
 def test_digests_of_a_file_and_of_its_bytes_are_equal(tmp_path: Path) -> None:
     path = tmp_path / "content"
     path.write_bytes(CONTENT)
-    expected = tuple(
-        hashlib.sha256(CONTENT[start : start + 20_000]).digest() for start in range(0, 51_200, 20_000)
-    )
+    expected = tuple(blake3(CONTENT[start : start + 20_000]).digest() for start in range(0, 51_200, 20_000))
     assert digest_chunks(path, 20_000) == digest_chunks(CONTENT, 20_000) == expected
 
 

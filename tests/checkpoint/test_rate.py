@@ -72,6 +72,38 @@ def test_a_budget_below_everything_sends_next_to_nothing():
     assert plan.num_bytes < NUM_ELEMENTS / 8 * 0.01
 
 
+def test_exact_tensors_count_against_the_budget_only_when_they_travel():
+    torch.manual_seed(0)
+    encoder = FrameEncoder(FramesConfig(exchange_budget_bytes=30_000))
+    weights, mask = torch.randn(500, 600), torch.ones(1000, 1000, dtype=torch.bool)
+    for step in range(6):
+        weights += 0.1 * torch.randn(500, 600)
+        tensors = {"w": weights.clone(), "mask": mask}
+        frame = encoder.encode(Snapshot(step, tensors, {}, frozenset({"mask"})), io.BytesIO())
+    assert 20_000 < frame.num_bytes < 33_000
+    left = torch.dist(weights, encoder.reference.tensors["w"].float())
+    assert float(left) < 0.15 * float(torch.linalg.norm(weights))
+
+
+def test_what_is_over_the_budget_by_itself_does_not_stop_the_rest():
+    weights, reference = make_pair(0.2)
+    sample = sample_difference(weights, reference, 1 << 15)
+    plan = RateControl(FramesConfig(exchange_budget_bytes=1000)).plan([sample], num_other_bytes=2000)
+    assert plan.left_share <= MAX_LEFT_SHARE
+
+
+@pytest.mark.parametrize("num_elements", [1, 100, 255, 256, 257, 3000])
+@pytest.mark.parametrize("num_samples", [1, 64, 256, 1000])
+def test_tensors_of_any_size_can_be_sampled(num_elements, num_samples):
+    sample = sample_difference(torch.ones(num_elements), torch.zeros(num_elements).half(), num_samples)
+    assert (sample.num_elements, sample.rms) == (num_elements, 1.0)
+
+
+def test_what_is_only_rounded_away_has_not_moved():
+    weights = torch.randn(10_000)
+    assert sample_difference(weights, weights.half(), 1000).rms == 0
+
+
 def test_nothing_has_moved():
     weights, _ = make_pair(0.0)
     plan = plan_for(weights.half().float(), weights.half())

@@ -17,6 +17,7 @@ from p2pcodistill.checkpoint.manifest import (
     Manifest,
     SignedManifest,
     Version,
+    digest_chunk,
     digest_chunks,
     sign_manifest,
     verify_manifest,
@@ -308,7 +309,7 @@ class Node:
             case StoreChunk(frame_id, index, data):
                 signed, present = store.partials[frame_id]
                 assert index not in present
-                assert hashlib.sha256(data).digest() == signed.manifest.chunk_digests[index]
+                assert digest_chunk(data) == signed.manifest.chunk_digests[index]
                 present[index] = data
             case CompleteFrame(frame_id):
                 if frame_id not in store.frames:

@@ -166,7 +166,7 @@ def test_a_path_that_no_longer_fits_is_asked_for_anew(at_5: Planned) -> None:
     at_5.plan.follow("tokyo", [at_5.delta(step) for step in (6, 7, 8, 9)])
 
     assert at_5.steps == []
-    assert at_5.plan.ask() == FROM_NOTHING
+    assert at_5.plan.ask() == CatchUp(None, afresh=True)
 
 
 def test_a_frame_that_cannot_be_had_is_bypassed_by_a_keyframe_or_waited_for(at_5: Planned) -> None:
@@ -259,7 +259,7 @@ def test_an_older_keyframe_leads_no_further(sites: Any) -> None:
 
 def test_a_chain_that_breaks_twice_without_news_is_left_alone(at_5: Planned) -> None:
     at_5.plan.break_chain()
-    assert at_5.plan.ask() == FROM_NOTHING
+    assert at_5.plan.ask() == CatchUp(None, afresh=True)
     at_5.plan.follow("tokyo", [at_5.frame(9, None)])
     at_5.store(held=9)
 
@@ -267,4 +267,4 @@ def test_a_chain_that_breaks_twice_without_news_is_left_alone(at_5: Planned) -> 
     assert at_5.plan.ask() is None
 
     at_5.announce(at_5.delta(10))
-    assert at_5.plan.ask() == FROM_NOTHING
+    assert at_5.plan.ask() == CatchUp(None, afresh=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from p2pcodistill.checkpoint.manifest import Version
-from p2pcodistill.gossip.messages import Announce
-from p2pcodistill.gossip.publishing import MAX_FRAMES_PER_REQUEST, Publishing
+from p2pcodistill.errors import MalformedError
+from p2pcodistill.gossip.messages import Announce, CatchUp
+from p2pcodistill.gossip.publishing import MAX_ANSWERS, MAX_FRAMES_PER_REQUEST, Publishing
 
 
 def announce(frame: Any, num_more: int | None = None) -> Announce:
@@ -20,8 +23,8 @@ def publishing(*frames: Any) -> Publishing:
 def answer(
     published: Publishing, held: int | None, *, student: str = "lima", at_any_price: bool = False
 ) -> list[Announce]:
-    version = None if held is None else Version(1, held)
-    return published.answer(student, version, known_incarnation=1, at_any_price=at_any_price)
+    request = CatchUp(None if held is None else Version(1, held))
+    return published.answer(student, request, known_incarnation=1, at_any_price=at_any_price)
 
 
 def test_only_the_newest_own_frame_is_announced(sites: Any) -> None:
@@ -76,7 +79,7 @@ def test_where_a_keyframe_would_be_cheaper_it_is_requested_once_and_the_student_
     assert published.take_request()
     assert answer(published, None) == answer(published, None, student="tokyo") == []
     assert not published.take_request()
-    assert published.waiting == {"lima": None, "tokyo": None}
+    assert published.waiting == {"lima": CatchUp(None), "tokyo": CatchUp(None)}
 
     keyframe = sites.frame("berlin", 3, num_chunks=9)
     published.publish(keyframe.signed)
@@ -108,7 +111,7 @@ def test_before_anything_is_published_nothing_is_requested(sites: Any) -> None:
     published = publishing()
 
     assert answer(published, None) == []
-    assert published.waiting == {"lima": None}
+    assert published.waiting == {"lima": CatchUp(None)}
     assert not published.take_request()
     published.close("lima")
     assert published.waiting == {}
@@ -127,13 +130,13 @@ def test_nothing_is_said_under_an_incarnation_that_the_student_has_left_behind(s
     assert published.announce_to("lima", known_incarnation=2) is not None
     assert published.announce_to("lima", known_incarnation=3) is None
     held = Version(3, 9)
-    assert published.answer("tokyo", None, known_incarnation=3, at_any_price=True) == []
-    assert published.waiting == {"tokyo": None}
+    assert published.answer("tokyo", CatchUp(None), known_incarnation=3, at_any_price=True) == []
+    assert published.waiting == {"tokyo": CatchUp(None)}
 
     published.publish(sites.frame("berlin", 50, incarnation=4).signed)
 
     assert published.announce_to("lima", known_incarnation=3) is not None
-    assert len(published.answer("tokyo", held, known_incarnation=3, at_any_price=True)) == 1
+    assert len(published.answer("tokyo", CatchUp(held), known_incarnation=3, at_any_price=True)) == 1
 
 
 def test_a_past_life_is_what_was_neither_remembered_nor_told(sites: Any) -> None:
@@ -143,8 +146,45 @@ def test_a_past_life_is_what_was_neither_remembered_nor_told(sites: Any) -> None
 
     published.publish(sites.frame("berlin", 50, incarnation=4).signed)
     published.announce_to("lima", known_incarnation=2)
-    published.answer("rome", None, known_incarnation=2, at_any_price=False)
+    published.answer("rome", CatchUp(None), known_incarnation=2, at_any_price=False)
 
     assert not published.is_from_past_life("lima", 4)
     assert not published.is_from_past_life("rome", 4)
     assert published.is_from_past_life("tokyo", 4)
+
+
+def test_who_could_not_apply_a_chain_gets_a_new_keyframe_and_nothing_else(sites: Any) -> None:
+    published = publishing(*sites.chain("berlin", 1, num_chunks=1))
+    assert len(answer(published, None)) == 2  # cheap enough for anyone else
+
+    request = CatchUp(None, afresh=True)
+    assert published.answer("lima", request, known_incarnation=1, at_any_price=False) == []
+    assert published.take_request()
+    assert published.waiting == {"lima": request}
+
+    keyframe = sites.frame("berlin", 1, num_chunks=9)
+    published.publish(keyframe.signed)
+    assert published.answer("lima", request, known_incarnation=1, at_any_price=False) == [
+        announce(keyframe, 0)
+    ]
+
+
+def test_a_student_that_asks_again_and_again_is_refused_until_there_is_news(sites: Any) -> None:
+    chain = sites.chain("berlin", 3)
+    published = publishing(*chain[:3])
+    for _ in range(MAX_ANSWERS):
+        assert answer(published, 1)
+    with pytest.raises(MalformedError, match="again and again"):
+        answer(published, 1)
+    assert answer(published, 1, student="tokyo")
+    published.publish(chain[3].signed)
+    assert answer(published, 1)
+
+
+def test_no_path_leads_over_a_frame_that_was_lost(sites: Any) -> None:
+    chain = sites.chain("berlin", 3)
+    published = publishing(*chain)
+    published.lose(chain[2].frame_id)
+    assert answer(published, 1) == []
+    assert published.take_request()
+    assert answer(published, 2, student="tokyo") == [announce(chain[3], 0)]

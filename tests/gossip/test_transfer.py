@@ -475,7 +475,7 @@ def test_a_download_whose_chain_broke_is_given_up_with_its_credit(fetch: Fetch, 
 
     fetch.transfers.break_chain("tokyo")
 
-    assert fetch.act() == [AbandonFrame(first.frame_id), send("tokyo", CatchUp(None))]
+    assert fetch.act() == [AbandonFrame(first.frame_id), send("tokyo", CatchUp(None, afresh=True))]
     assert fetch.receive(first, 0) == []
     assert wants(fetch.start(sites.frame("tokyo", 9, num_chunks=9))) == [("tokyo", (0, 1, 2, 3))]
 

@@ -67,8 +67,9 @@ def test_the_summary_of_a_whole_run_is_strict_json_and_complete(make_arms):
     assert berlin["num_steps"] == 2000 and berlin["finished"]
     assert berlin["bytes_sent"] == 40 * 1_612_000
     assert berlin["bytes_vs_all_reduce_ratio"] == pytest.approx(940_000 * 4 * 2000 / berlin["bytes_sent"])
-    assert berlin["bytes_vs_fp16_ratio"] == pytest.approx(2 * 940_000 / 1_610_000)
-    assert summary["bytes_vs_fp16_ratio"] == pytest.approx(2 * 940_000 / 1_610_000)
+    # All 40 frames were fetched, and 34 of the versions became teachers.
+    assert berlin["bytes_vs_fp16_ratio"] == pytest.approx(34 * 2 * 940_000 / (40 * 1_610_000))
+    assert summary["bytes_vs_fp16_ratio"] == berlin["bytes_vs_fp16_ratio"]
     assert (berlin["num_frames_published"], berlin["num_keyframes_published"]) == (40, 1)
     assert berlin["num_teacher_swaps"] == 39
     assert (berlin["num_parameters"], berlin["device"], berlin["precision"]) == (940_000, "cpu", "float32")
@@ -229,13 +230,15 @@ def test_what_travelled_is_compared_with_fp16():
     berlin, tokyo = arms[0].sites.values()
     assert summarise("pair", arms, 100)["bytes_vs_fp16_ratio"] is None
     berlin.num_fp16_bytes = tokyo.num_fp16_bytes = 100
-    berlin.fetched["tokyo"] = Fetched({(1, 50), (1, 100)}, 20)
+    berlin.fetched["tokyo"] = Fetched({(1, 25), (1, 50), (1, 100)}, 20)
+    berlin.swapped["tokyo"] = {(1, 50), (1, 100)}
     summary = summarise("pair", arms, 100)
     assert summary["bytes_vs_fp16_ratio"] == pytest.approx(10)
     sites = summary["arms"][0]["sites"]
     assert sites["tokyo"]["bytes_vs_fp16_ratio"] == pytest.approx(10)
     assert sites["berlin"]["bytes_vs_fp16_ratio"] is None, "nobody has fetched anything of it"
     tokyo.fetched["berlin"] = Fetched({(1, 50), (1, 100)}, 80)
+    tokyo.swapped["berlin"] = {(1, 50), (1, 100)}
     assert summarise("pair", arms, 100)["bytes_vs_fp16_ratio"] == pytest.approx(4)
     assert "travelled 4.0 times smaller" in headline(summarise("pair", arms, 100))
 

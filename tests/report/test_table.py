@@ -15,7 +15,7 @@ def test_the_headline_of_a_good_run(make_arms):
         "Held-out losses end, in nats/byte: codistilled sites at 1.485, sites alone at 1.601, one site with all data pooled "
         "at 1.479. 95 % of the gap between alone and pooled is closed, without moving a byte of training data. "
         "The lone sites' final loss is reached after 0.65 of the steps. Training took 1.33 times as long as "
-        "alone. Checkpoints travelled 1.2 times smaller than as raw fp16."
+        "alone. Checkpoints travelled 1.0 times smaller than as raw fp16."
     )
 
 

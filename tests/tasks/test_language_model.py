@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from p2pcodistill.config import (
     CodistillationConfig,
+    FramesConfig,
     GroupConfig,
     GroupSpec,
     LanguageModelConfig,
@@ -48,6 +49,7 @@ def spec_of(folder: Path, task: LanguageModelConfig, *, batch_size: int = 4) -> 
         task=task,
         training=TrainingConfig(batch_size=batch_size),
         codistillation=CodistillationConfig(),
+        frames=FramesConfig(),
     )
 
 
