@@ -119,7 +119,8 @@ def decompress_symbols(piece: memoryview, into: NDArray[Any]) -> None:
 def split_zeros(symbols: NDArray[np.uint8], zero: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """(a bit for each symbol, whether it is not `zero`, lowest bit first; the symbols that are not)."""
     mask = symbols != zero
-    return np.packbits(mask, bitorder="little"), symbols[mask]
+    # By index, which is several times as fast as by mask.
+    return np.packbits(mask, bitorder="little"), symbols.take(np.flatnonzero(mask))
 
 
 def count_others(mask: NDArray[np.uint8]) -> int:
@@ -132,4 +133,4 @@ def join_zeros(
 ) -> None:
     """The inverse of `split_zeros`."""
     into.fill(zero)
-    into[np.unpackbits(mask, bitorder="little").view(np.bool_)] = others
+    into[np.flatnonzero(np.unpackbits(mask, bitorder="little").view(np.bool_))] = others

@@ -27,7 +27,7 @@ BLOCK_ELEMENTS = 1024
 """Elements that share a scale."""
 SEGMENT_ELEMENTS = 1 << 22
 """Elements of a tensor that are encoded into one piece of scales and one of codes: what bounds the memory used."""
-CHUNK_ELEMENTS = 1 << 16
+CHUNK_ELEMENTS = 1 << 18
 DEAD_ZONE = 0.6
 """Of codes with several levels, in steps: below half a step more is lost in bits than is won in precision."""
 INT8_LEVELS = 127
@@ -99,19 +99,22 @@ class Quantizer:
         `step` is the dead zone's threshold for ternary codes, else the distance of two levels. Returns the bf16 scales, one
         a block, and the uint8 symbols; the last block is filled up with zeros.
         """
-        scales = torch.empty(num_blocks(len(weights)), dtype=torch.bfloat16, device=weights.device)
-        symbols = torch.empty((len(scales), alphabet.block_symbols), dtype=torch.uint8, device=weights.device)
-        for start in range(0, len(weights), CHUNK_ELEMENTS):
-            chunk = slice(start, start + CHUNK_ELEMENTS)
+        num_elements = weights.numel()
+        num_scales = num_blocks(num_elements)
+        scales = torch.empty(num_scales, dtype=torch.bfloat16, device=weights.device)
+        symbols = torch.empty((num_scales, alphabet.block_symbols), dtype=torch.uint8, device=weights.device)
+        quantize = self._ternary if alphabet.num_levels == 1 else self._uniform
+        for start in range(0, num_elements, CHUNK_ELEMENTS):
+            size = min(CHUNK_ELEMENTS, num_elements - start)
+            held = reference[start : start + size]
             blocks = slice(start // BLOCK_ELEMENTS, (start + CHUNK_ELEMENTS) // BLOCK_ELEMENTS)
-            num_padded = self._load(reference[chunk])
+            num_padded = self._load(held)
             delta = self._delta[:num_padded]
-            delta[len(weights[chunk]) :] = 0
-            delta[: len(weights[chunk])].copy_(self._round(weights[chunk], reference.dtype))
+            delta[size:] = 0
+            delta[:size].copy_(self._round(weights[start : start + size], reference.dtype))
             delta.sub_(self._base[:num_padded])
-            quantize = self._ternary if alphabet.num_levels == 1 else self._uniform
             quantize(delta, alphabet, step, scales[blocks])
-            self._move(reference[chunk], scales[blocks])
+            self._move(held, scales[blocks])
             _pack(self._int8[:num_padded], alphabet, symbols[blocks].view(-1))
         return scales, symbols.view(-1)
 
@@ -120,12 +123,12 @@ class Quantizer:
         if len(symbols) and int(symbols.max()) >= alphabet.num_symbols:
             raise MalformedError("a frame holds a code that its alphabet does not have")
         rows = symbols.view(len(scales), alphabet.block_symbols)
-        for start in range(0, len(reference), CHUNK_ELEMENTS):
-            chunk = slice(start, start + CHUNK_ELEMENTS)
+        for start in range(0, reference.numel(), CHUNK_ELEMENTS):
+            held = reference[start : start + CHUNK_ELEMENTS]
             blocks = slice(start // BLOCK_ELEMENTS, (start + CHUNK_ELEMENTS) // BLOCK_ELEMENTS)
-            num_padded = self._load(reference[chunk])
-            _unpack(rows[blocks].reshape(-1), alphabet, self._codes[:num_padded])
-            self._move(reference[chunk], scales[blocks])
+            num_padded = self._load(held)
+            _unpack(rows[blocks].view(-1), alphabet, self._codes[:num_padded])
+            self._move(held, scales[blocks])
 
     def _round(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
         """A chunk of the weights as the reference could hold it: what differs by less has not moved."""
@@ -137,20 +140,22 @@ class Quantizer:
 
     def _load(self, reference: Tensor) -> int:
         """Put a chunk of the reference into the buffer as fp32; its length, filled up with zeros to whole blocks."""
-        num_padded = num_blocks(len(reference)) * BLOCK_ELEMENTS
-        self._base[: len(reference)].copy_(reference)
-        self._base[len(reference) : num_padded] = 0
+        size = reference.numel()
+        num_padded = num_blocks(size) * BLOCK_ELEMENTS
+        self._base[:size].copy_(reference)
+        self._base[size:num_padded] = 0
         return num_padded
 
     def _ternary(self, delta: Tensor, alphabet: Alphabet, threshold: float, scales: Tensor) -> None:
         """Sign codes of what is above the threshold; a block's scale is the mean of what it keeps."""
-        kept, codes = self._kept[: len(delta)], self._codes[: len(delta)]
+        size = delta.numel()
+        kept, codes = self._kept[:size], self._codes[:size]
         torch.ops.aten.hardshrink.out(delta, threshold, out=kept)
         torch.sign(kept, out=codes)
         blocks = codes.view(-1, BLOCK_ELEMENTS)
         sums = torch.linalg.vecdot(kept.view(-1, BLOCK_ELEMENTS), blocks)
         scales.copy_(sums / torch.linalg.vecdot(blocks, blocks).clamp_(min=1))
-        self._int8[: len(delta)].copy_(codes)
+        self._int8[:size].copy_(codes)
 
     def _uniform(self, delta: Tensor, alphabet: Alphabet, step: float, scales: Tensor) -> None:
         """Codes of several levels; what is beyond the last level waits for the next frames, as what is too small does.
@@ -170,7 +175,7 @@ class Quantizer:
 
     def _move(self, reference: Tensor, scales: Tensor) -> None:
         """reference <- round(reference + codes * scales); what is beyond the dtype's range stays at its edge."""
-        num_padded = len(scales) * BLOCK_ELEMENTS
+        num_padded = scales.numel() * BLOCK_ELEMENTS
         moved = self._delta[:num_padded]
         torch.addcmul(
             self._base[:num_padded].view(-1, BLOCK_ELEMENTS),
@@ -179,7 +184,7 @@ class Quantizer:
             out=moved.view(-1, BLOCK_ELEMENTS),
         )
         largest = _MAX_OF[reference.dtype]
-        reference.copy_(moved.clamp_(-largest, largest)[: len(reference)])
+        reference.copy_(moved.clamp_(-largest, largest)[: reference.numel()])
 
 
 # --- symbols -----------------------------------------------------------------------------------------------

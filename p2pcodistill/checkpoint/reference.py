@@ -17,7 +17,7 @@ from p2pcodistill.checkpoint.snapshot import dtype_name, hash_schema
 
 _MIX = 0x9E3779B97F4A7C15
 _ROW_WORDS = 128
-_CHUNK_WORDS = 1 << 15  # rows whose sums are taken at a time: they stay in the cache
+_CHUNK_WORDS = 1 << 17  # rows whose sums are taken at a time: they stay in the cache
 
 
 @dataclass(slots=True)
