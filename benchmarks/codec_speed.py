@@ -1,7 +1,7 @@
 """How fast frames are made and read, on one core, and in how much memory.
 
 `keyframe_encode_ratio`, `keyframe_decode_ratio`: seconds of the bare compressor (Blosc2 on the raw fp16 bytes, in the same
-pieces, with the same settings) / of our whole path, in memory. Encoding: check, cast, checksum, compress, hash each chunk; decoding:
+pieces, with the same settings) / of our whole path, in memory. Encoding: check, cast, checksum, compress, hash; decoding:
 hash each chunk, decompress, check for NaN, checksum. Both take turns, and the median of the pairs' ratios counts.
 `delta_encode_mb_s`, `delta_decode_mb_s`: MB of fp16 a second of ternary delta frames, the reference's update included.
 `codec_extra_memory_ratio`: the highest resident memory while a frame is made or read, beside model, reference and the file
@@ -101,7 +101,7 @@ def print_keyframe_ratios(snapshot: Snapshot) -> None:
             blosc2.decompress2(chunk, dst=part, nthreads=1)
 
     num_mb = sum(array.nbytes for array in raw) / 1e6
-    on = f"demo's model tiled to {num_mb / 2:.0f} M parameters (fp32), fp16 keyframe in memory, one thread, {NUM_PAIRS} pairs"
+    on = f"demo's model tiled to {num_mb / 2:.0f} M fp32 parameters, fp16 keyframe in memory, one thread, {NUM_PAIRS} pairs"
     for name, ours, bare, bound in (
         ("keyframe_encode_ratio", encode, bare_encode, MIN_ENCODE_RATIO),
         ("keyframe_decode_ratio", decode, bare_decode, MIN_DECODE_RATIO),

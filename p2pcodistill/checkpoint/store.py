@@ -279,8 +279,8 @@ class FrameStore:
             return tuple(self._frames(origin))
 
     def chain(self, origin: str) -> tuple[StoredFrame, ...]:
-        """The frames that lead from nothing to the highest version of `origin` that can be reached, for the fewest
-        bytes; oldest first, () when no keyframe is there.
+        """The fewest frames that lead from nothing to the highest version of `origin` that can be reached; oldest first, ()
+        when no keyframe is there.
         """
         with self._lock:
             return tuple(self._chain(origin))

@@ -3,7 +3,7 @@
 A new version is announced to every student when it is published, and the newest one again at the beginning of a session. A
 student that cannot go on from what it holds asks to catch up, and is told the cheapest path there is. Where a keyframe of
 the newest version would be cheaper, or nothing else leads there, one is asked of the ranks; the student is answered with the
-next frame that is published, whichever it is, so that it does not depend on the ranks' obliging.
+next frame that is published, whichever it is, or with what there is when the ranks cannot oblige.
 """
 
 from __future__ import annotations

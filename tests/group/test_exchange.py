@@ -78,6 +78,7 @@ def test_a_node_that_never_answers_does_not_keep_a_group_from_ending(
     stub_node.accepts = None
     model = nn.Linear(3, 4)
     exchange.publish(take_snapshot(model, 1))
+    stub_node.wait_for(lambda: len(stub_node.frames) == 1)
     exchange.publish(take_snapshot(model, 2))
     exchange.close()
     stub_node.wait_for(lambda: bool(stub_node.all(Left)))

@@ -191,7 +191,7 @@ async def test_everything_wrong_from_a_member_is_refused_and_a_good_checkpoint_s
         tokyo.announce(sign_manifest(tokyo.manifest(20, snapshot.schema_hash), tokyo.identity))
         await refusal(berlin, "non-finite", "readout.weight", event="teacher-refused")
 
-        assert await asyncio.wait_for(tokyo.asked.get(), 30) == CatchUp(None), (
+        assert await asyncio.wait_for(tokyo.asked.get(), 30) == CatchUp(None, afresh=True), (
             "berlin has nothing to build on"
         )
 
@@ -229,7 +229,7 @@ async def test_chains_that_lead_nowhere_are_refused_or_replaced(berlin_and_tokyo
         # A delta frame that is something else: the ranks refuse it, and the chain is given up.
         tokyo.announce(signed(20, 10))
         await refusal(berlin, "malformed", "step 20", event="teacher-refused")
-        assert await asyncio.wait_for(tokyo.asked.get(), 30) == CatchUp(None)
+        assert await asyncio.wait_for(tokyo.asked.get(), 30) == CatchUp(None, afresh=True)
         tokyo.frame = encode(snapshot_of_tiny_model(30))
         tokyo.announce(signed(30, None))
         await berlin.until("teacher-swapped", lambda r: r["teacher_step"] == 30)
