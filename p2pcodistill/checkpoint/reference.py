@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from p2pcodistill.checkpoint.snapshot import dtype_name, hash_schema
+from p2pcodistill.checkpoint.snapshot import dtype_name, hash_schema, num_fp16_bytes
 
 _MIX = 0x9E3779B97F4A7C15
 _ROW_WORDS = 128
@@ -55,13 +55,6 @@ def specs_of(
 ) -> Iterable[tuple[str, str, tuple[int, ...]]]:
     """Name, origin's dtype and shape of each tensor: what a schema hash is made of."""
     return ((name, dtype_name(dtypes[name]), tuple(tensor.shape)) for name, tensor in tensors.items())
-
-
-def num_fp16_bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor with floating numbers as raw fp16: the yardstick for compression."""
-    if tensor.is_complex():
-        return 4 * tensor.numel()
-    return tensor.numel() * (2 if tensor.is_floating_point() else tensor.element_size())
 
 
 def checksum_tensors(tensors: Iterable[Tensor]) -> int:

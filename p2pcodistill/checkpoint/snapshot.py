@@ -45,7 +45,7 @@ class Snapshot:
     @property
     def num_fp16_bytes(self) -> int:
         """Bytes of the same tensors with every floating number as raw fp16: the yardstick for compression."""
-        return sum(tensor.numel() * _fp16_itemsize(tensor.dtype) for tensor in self.tensors.values())
+        return sum(map(num_fp16_bytes, self.tensors.values()))
 
 
 def take_snapshot(model: nn.Module, step: int, *, on_device: bool = False) -> Snapshot:
@@ -104,7 +104,8 @@ def _identity(tensor: Tensor) -> _Identity:
     return storage, int(tensor.storage_offset()), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _fp16_itemsize(dtype: torch.dtype) -> int:
-    if dtype.is_complex:
-        return 4
-    return 2 if dtype.is_floating_point else dtype.itemsize
+def num_fp16_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor with floating numbers as raw fp16: the yardstick for compression."""
+    if tensor.is_complex():
+        return 4 * tensor.numel()
+    return tensor.numel() * (2 if tensor.is_floating_point() else tensor.element_size())

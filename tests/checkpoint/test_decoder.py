@@ -296,6 +296,8 @@ def test_a_negative_zero_that_hardly_moves_is_the_same_on_both_sides(delta: str)
         sink = io.BytesIO()
         encoder.encode(Snapshot(step, {"weights": weights}, {}), sink)
         held = decode_frame(sink.getvalue(), held, max_bytes=MAX_BYTES)
+        sent = encoder.reference.tensors["weights"]
+        assert torch.equal(held.tensors["weights"].view(torch.uint8), sent.view(torch.uint8))
         weights = weights + torch.linspace(-1, 1, 2048).view(2, 1024)
         weights[0, 0] = -2e-9
 
