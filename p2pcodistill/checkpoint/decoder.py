@@ -15,18 +15,17 @@ from p2pcodistill.checkpoint.coding import (
     decompress_symbols,
     join_zeros,
 )
-from p2pcodistill.checkpoint.encoder import largest_magnitude
-from p2pcodistill.checkpoint.frames import (
+from p2pcodistill.checkpoint.encoder import check_finite, largest_magnitude
+from p2pcodistill.checkpoint.entries import (
     CODE_PIECES,
     EXACT,
     INT8,
     LOSSLESS,
     SAME,
-    FrameHeader,
+    Bundle,
     TensorEntry,
-    read_header,
-    read_pieces,
 )
+from p2pcodistill.checkpoint.frames import FrameHeader, read_header, read_pieces
 from p2pcodistill.checkpoint.quantize import (
     ALPHABETS,
     SEGMENT_ELEMENTS,
@@ -36,7 +35,8 @@ from p2pcodistill.checkpoint.quantize import (
     decode_lossless,
     num_blocks,
 )
-from p2pcodistill.checkpoint.reference import Reference, checksum_tensors, raw_bytes
+from p2pcodistill.checkpoint.reference import Reference, checksum_tensors, combine_checksums, raw_bytes
+from p2pcodistill.checkpoint.scan import empty_tensor, scan_tensor
 from p2pcodistill.errors import ChecksumError, MalformedError, NonFiniteError
 
 
@@ -54,9 +54,9 @@ def decode_frame(frame: bytes | memoryview, base: Reference | None, *, max_bytes
     else:
         reference = _check_base(header, base)
         _apply_delta(view, header, reference)
-    if checksum_tensors(reference.tensors.values()) != header.checksum:
+        reference.step, reference.checksum = header.step, checksum_tensors(reference.tensors.values())
+    if reference.checksum != header.checksum:
         raise ChecksumError("a frame's tensors do not match its checksum")
-    reference.step, reference.checksum = header.step, header.checksum
     return reference
 
 
@@ -64,27 +64,32 @@ def read_codes(frame: bytes | memoryview, *, max_bytes: int) -> Iterator[tuple[T
     """(entry, symbols, bf16 scales) of each tensor that is not empty and that `frame` has as few-bit codes."""
     view = memoryview(frame).cast("B")
     header = read_header(view, max_bytes=max_bytes)
-    for entry, pieces in read_pieces(view, header):
-        if entry.encoding in ALPHABETS and pieces:
-            parts = list(_read_segments(entry, pieces, ALPHABETS[entry.encoding]))
-            yield (
-                entry,
-                torch.cat([symbols for _, symbols in parts]),
-                torch.cat([scales for scales, _ in parts]),
-            )
+    for bundle, pieces in read_pieces(view, header):
+        if bundle.encoding in ALPHABETS and pieces:
+            alphabet = ALPHABETS[bundle.encoding]
+            parts = list(_read_segments(bundle.whole, pieces, alphabet))
+            scales = torch.cat([scales for scales, _ in parts])
+            symbols = torch.cat([symbols for _, symbols in parts])
+            for entry, blocks in _split_blocks(bundle):
+                rows = symbols.view(-1, alphabet.block_symbols)[blocks]
+                yield entry, rows.view(-1), scales[blocks]
 
 
 def _decode_keyframe(view: memoryview, header: FrameHeader) -> Reference:
     tensors: dict[str, Tensor] = {}
-    for entry, pieces in read_pieces(view, header):
-        tensors[entry.name] = tensor = torch.empty(entry.shape, dtype=entry.wire_dtype)
+    checksums: list[int] = []
+    for bundle, pieces in read_pieces(view, header):
+        (entry,) = bundle.members
+        tensors[entry.name] = tensor = empty_tensor(entry.shape, entry.wire_dtype)
         if entry.encoding == INT8:
             _read_int8(entry, pieces, tensor.view(-1))
         else:
             _read_exact(entry, pieces, tensor)
-        largest_magnitude(entry.name, tensor)
+        scan = scan_tensor(tensor)
+        check_finite(entry.name, scan.largest)
+        checksums.append(scan.checksum)
     dtypes = {entry.name: entry.dtype for entry in header.entries}
-    return Reference(header.step, tensors, dtypes, header.aliases, header.checksum)
+    return Reference(header.step, tensors, dtypes, header.aliases, combine_checksums(checksums))
 
 
 def _check_base(header: FrameHeader, base: Reference | None) -> Reference:
@@ -106,25 +111,67 @@ def _check_base(header: FrameHeader, base: Reference | None) -> Reference:
 
 def _apply_delta(view: memoryview, header: FrameHeader, reference: Reference) -> None:
     quantizer = Quantizer(torch.device("cpu"))
-    for entry, pieces in read_pieces(view, header):
-        if entry.encoding == SAME:
+    for bundle, pieces in read_pieces(view, header):
+        if bundle.encoding == SAME:
             continue
-        if entry.encoding == EXACT:
-            tensor = torch.empty(entry.shape, dtype=entry.wire_dtype)
-            _read_exact(entry, pieces, tensor)
-            reference.tensors[entry.name] = tensor
-            largest_magnitude(entry.name, tensor)
-            continue
-        tensor = reference.tensors[entry.name]
-        held = tensor.view(-1)
-        if entry.encoding == LOSSLESS:
-            _read_lossless(pieces, held)
-            largest_magnitude(entry.name, tensor)
-            continue
-        alphabet = ALPHABETS[entry.encoding]
-        for index, (scales, symbols) in enumerate(_read_segments(entry, pieces, alphabet)):
+        if bundle.encoding == EXACT:
+            _replace_exact(bundle, pieces, reference)
+        elif bundle.encoding == LOSSLESS:
+            _move_lossless(bundle, pieces, reference)
+        else:
+            _move_by_codes(bundle, pieces, reference, quantizer)
+
+
+def _replace_exact(bundle: Bundle, pieces: Sequence[memoryview], reference: Reference) -> None:
+    whole = torch.empty(bundle.whole.shape, dtype=bundle.whole.wire_dtype)
+    _read_exact(bundle.whole, pieces, whole)
+    if len(bundle.members) == 1:
+        parts = [whole]
+    else:
+        sizes = [entry.num_elements for entry in bundle.members]
+        parts = [part.clone() for part in whole.split_with_sizes(sizes)]
+    for entry, part in zip(bundle.members, parts, strict=True):
+        reference.tensors[entry.name] = part.view(entry.shape)
+        largest_magnitude(entry.name, part)
+
+
+def _move_lossless(bundle: Bundle, pieces: Sequence[memoryview], reference: Reference) -> None:
+    held = [reference.tensors[entry.name].view(-1) for entry in bundle.members]
+    whole = held[0] if len(held) == 1 else torch.cat(held)
+    _read_lossless(pieces, whole)
+    for entry, tensor, part in zip(
+        bundle.members, held, whole.split_with_sizes([*map(len, held)]), strict=True
+    ):
+        if len(held) > 1:
+            tensor.copy_(part)
+        largest_magnitude(entry.name, tensor)
+
+
+def _move_by_codes(
+    bundle: Bundle, pieces: Sequence[memoryview], reference: Reference, quantizer: Quantizer
+) -> None:
+    alphabet = ALPHABETS[bundle.encoding]
+    segments = _read_segments(bundle.whole, pieces, alphabet)
+    if len(bundle.members) == 1:
+        held = reference.tensors[bundle.members[0].name].view(-1)
+        for index, (scales, symbols) in enumerate(segments):
             segment = slice(index * SEGMENT_ELEMENTS, (index + 1) * SEGMENT_ELEMENTS)
             quantizer.decode(symbols, scales, held[segment], alphabet)
+        return
+    ((scales, symbols),) = segments
+    for entry, blocks in _split_blocks(bundle):
+        held = reference.tensors[entry.name].view(-1)
+        own = symbols.view(-1, alphabet.block_symbols)[blocks].view(-1)
+        quantizer.decode(own, scales[blocks], held, alphabet)
+
+
+def _split_blocks(bundle: Bundle) -> Iterator[tuple[TensorEntry, slice]]:
+    """Each tensor of a bundle of codes, and which blocks of the whole are its own."""
+    start = 0
+    for entry in bundle.members:
+        blocks = slice(start, start + num_blocks(entry.num_elements))
+        yield entry, blocks
+        start = blocks.stop
 
 
 def _read_exact(entry: TensorEntry, pieces: Sequence[memoryview], tensor: Tensor) -> None:

@@ -1,14 +1,15 @@
 """Snapshots to frames: a keyframe first, then delta frames against what the receivers hold.
 
 What travels how: buffers, integers, booleans, complex numbers, and tensors of at most one dimension and less than a block
-of elements (biases, norms) go exactly as they are, always. The other parameters go in the keyframe's precision, one that
+of elements (biases, norms) stay exactly as they are, always. The other parameters go in the keyframe's precision, one that
 fp16 cannot hold (beyond 65504) in fp32, and one that fp32 cannot hold as it is; delta frames move what was sent by codes of
-few bits.
+few bits. What they keep exact is sent as a lossless difference where it is small, else as it is; small tensors are joined.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -17,17 +18,30 @@ import torch
 from torch import Tensor
 
 from p2pcodistill.checkpoint.coding import MAX_RAW_BYTES, compress_raw, compress_symbols, split_zeros
-from p2pcodistill.checkpoint.frames import CODABLE_DTYPES, EXACT, INT8, LOSSLESS, SAME, FrameWriter
+from p2pcodistill.checkpoint.entries import (
+    CODABLE_DTYPES,
+    EXACT,
+    INT8,
+    LOSSLESS,
+    SAME,
+    Bundle,
+    TensorEntry,
+    is_small,
+    join_entries,
+)
+from p2pcodistill.checkpoint.frames import FrameWriter
 from p2pcodistill.checkpoint.quantize import (
     BLOCK_ELEMENTS,
     SEGMENT_ELEMENTS,
+    Alphabet,
     Quantizer,
     decode_int8,
     encode_int8,
     encode_lossless,
 )
 from p2pcodistill.checkpoint.rate import NUM_SAMPLES, Plan, RateControl, Sample, sample_difference
-from p2pcodistill.checkpoint.reference import Reference, checksum_tensors, raw_bytes
+from p2pcodistill.checkpoint.reference import Reference, checksum_tensors, combine_checksums, raw_bytes
+from p2pcodistill.checkpoint.scan import checksum_tensor, empty_tensor, find_largest, scan_tensor
 from p2pcodistill.checkpoint.snapshot import Snapshot
 from p2pcodistill.config import FramesConfig
 from p2pcodistill.errors import NonFiniteError
@@ -91,13 +105,15 @@ class FrameEncoder:
         snapshot is outside of what a frame can hold (dtypes, number and names of tensors); OSError of the sink.
         """
         _wait_for(snapshot)
-        largest = {name: largest_magnitude(name, tensor) for name, tensor in snapshot.tensors.items()}
-        reference, self._reference = self._reference, None
+        reference = self._reference
         if reference is None or self._config.delta == "off" or not _is_same_model(snapshot, reference):
-            del reference  # before there is another one
-            frame, self._reference = self._encode_keyframe(snapshot, largest, sink)
+            reference = self._reference = None  # before there is another one
+            frame, self._reference = self._encode_keyframe(snapshot, sink)
             self._num_keyframe_bytes, self._num_delta_bytes = frame.num_bytes, 0
         else:
+            # A value that is not finite shows here, before anything has moved.
+            largest = {name: largest_magnitude(name, tensor) for name, tensor in snapshot.tensors.items()}
+            self._reference = None
             frame = self._encode_delta(snapshot, largest, reference, sink)
             self._reference = reference
             self._num_delta_bytes += frame.num_bytes
@@ -111,30 +127,29 @@ class FrameEncoder:
         self._num_keyframe_bytes, self._num_delta_bytes = frame.num_bytes, 0
         return frame
 
-    def _encode_keyframe(
-        self, snapshot: Snapshot, largest: dict[str, float], sink: BinaryIO
-    ) -> tuple[EncodedFrame, Reference]:
-        writer = FrameWriter(sink)
+    def _encode_keyframe(self, snapshot: Snapshot, sink: BinaryIO) -> tuple[EncodedFrame, Reference]:
         tensors: dict[str, Tensor] = {}
+        checksums: dict[str, int] = {}
+        for name in snapshot.tensors:  # all, before anything is written: one may not be finite
+            tensors[name], checksums[name] = self._cast_for_keyframe(snapshot, name)
+        writer = FrameWriter(sink)
         for name, tensor in snapshot.tensors.items():
-            wire_dtype = self._choose_wire_dtype(snapshot, name, largest[name])
+            wire = tensors[name]
             is_int8 = (
                 self._config.keyframe == "int8"
                 and is_codable(snapshot, name)
-                and wire_dtype == torch.float16
+                and wire.dtype == torch.float16
                 and tensor.numel() > 0
             )
-            tensors[name] = wire = torch.empty(tensor.shape, dtype=wire_dtype, device=tensor.device)
             if is_int8:
                 _write_int8(writer, tensor, wire)
+                checksums[name] = checksum_tensor(wire)
             else:
-                wire.copy_(tensor)
                 _write_exact(writer, wire)
-            writer.end_tensor(name, tensor.dtype, wire_dtype, tensor.shape, INT8 if is_int8 else EXACT)
+            writer.end_tensor(name, tensor.dtype, wire.dtype, tensor.shape, INT8 if is_int8 else EXACT)
         dtypes = {name: tensor.dtype for name, tensor in snapshot.tensors.items()}
-        reference = Reference(
-            snapshot.step, tensors, dtypes, snapshot.aliases, checksum_tensors(tensors.values())
-        )
+        checksum = combine_checksums(checksums.values())
+        reference = Reference(snapshot.step, tensors, dtypes, snapshot.aliases, checksum)
         writer.finish(reference.step, None, reference.checksum, reference.aliases)
         return _describe(writer, reference, None, f"{self._config.keyframe}+blosc2"), reference
 
@@ -146,21 +161,29 @@ class FrameEncoder:
         coded = [
             name for name in snapshot.tensors if self._is_coded(snapshot, reference, name, largest[name])
         ]
-        plan, rms = self._plan(snapshot, reference, coded)
+        kinds = {
+            name: self._choose_whole(snapshot, name, reference, largest[name])
+            for name in snapshot.tensors.keys() - coded
+        }
+        num_whole_bytes = sum(
+            reference.tensors[name].nbytes for name, (encoding, _) in kinds.items() if encoding != SAME
+        )
+        plan, rms = self._plan(snapshot, reference, coded, num_whole_bytes)
+        encoding = plan.alphabet.name if plan else LOSSLESS
+        kinds |= {name: (encoding, reference.tensors[name].dtype) for name in coded}
+        entries = [
+            TensorEntry(name, tensor.dtype, kinds[name][1], tuple(tensor.shape), kinds[name][0], ())
+            for name, tensor in snapshot.tensors.items()
+        ]
+        bundles = {bundle.members[-1].name: bundle for bundle in join_entries(entries, is_joining=True)}
         num_coded_bytes = 0
-        for name, tensor in snapshot.tensors.items():
+        for entry in entries:
             before = writer.num_bytes
-            if name not in coded:
-                encoding = self._write_whole(writer, snapshot, name, reference, largest[name])
-            elif plan is None:
-                encoding = LOSSLESS
-                _write_lossless(writer, tensor, reference.tensors[name])
-            else:
-                encoding = plan.alphabet.name
-                self._write_codes(writer, tensor, reference.tensors[name], plan, rms[name])
+            if entry.name in bundles:
+                self._write_bundle(writer, bundles[entry.name], snapshot, reference, plan, rms)
+            if entry.encoding == encoding:
                 num_coded_bytes += writer.num_bytes - before
-            wire_dtype = reference.tensors[name].dtype
-            writer.end_tensor(name, tensor.dtype, wire_dtype, tensor.shape, encoding)
+            writer.end_tensor(entry.name, entry.dtype, entry.wire_dtype, entry.shape, entry.encoding)
         if plan is not None and self._rate is not None:
             self._rate.learn(plan, num_coded_bytes)
         reference.step = snapshot.step
@@ -170,7 +193,7 @@ class FrameEncoder:
         return _describe(writer, reference, base[0], codec)
 
     def _plan(
-        self, snapshot: Snapshot, reference: Reference, coded: list[str]
+        self, snapshot: Snapshot, reference: Reference, coded: list[str], num_whole_bytes: int
     ) -> tuple[Plan | None, dict[str, float]]:
         """How coarse, and the rms of each coded tensor's difference; no plan where nothing is quantised."""
         if self._rate is None or not coded:
@@ -182,12 +205,7 @@ class FrameEncoder:
             num_samples = math.ceil(NUM_SAMPLES * sizes[name] / num_elements)
             weights, held = snapshot.tensors[name].view(-1), reference.tensors[name].view(-1)
             samples[name] = sample_difference(weights, held, num_samples)
-        num_other_bytes = sum(
-            held.nbytes
-            for name, held in reference.tensors.items()
-            if name not in samples and not _is_unchanged(held, snapshot.tensors[name])
-        )
-        plan = self._rate.plan(list(samples.values()), num_other_bytes)
+        plan = self._rate.plan(list(samples.values()), num_whole_bytes)
         return plan, {name: sample.rms for name, sample in samples.items()}
 
     def _is_coded(self, snapshot: Snapshot, reference: Reference, name: str, largest: float) -> bool:
@@ -199,34 +217,90 @@ class FrameEncoder:
             and held.numel() > 0
         )
 
-    def _write_whole(
-        self, writer: FrameWriter, snapshot: Snapshot, name: str, reference: Reference, largest: float
-    ) -> str:
-        """Write a tensor of a delta frame as it is, if it is not what the receivers have already."""
-        wire = snapshot.tensors[name].to(self._choose_wire_dtype(snapshot, name, largest))
-        held = reference.tensors[name]
-        if _is_unchanged(held, wire):
-            return SAME
-        if held.dtype == wire.dtype:
-            held.copy_(wire)
-        else:
-            reference.tensors[name] = wire.clone() if wire is snapshot.tensors[name] else wire
-        _write_exact(writer, wire)
-        return EXACT
+    def _choose_whole(
+        self, snapshot: Snapshot, name: str, reference: Reference, largest: float
+    ) -> tuple[str, torch.dtype]:
+        """The encoding and wire dtype, in a delta frame, of a tensor that is not coded."""
+        tensor, held = snapshot.tensors[name], reference.tensors[name]
+        wire_dtype = self._choose_wire_dtype(snapshot, name, largest)
+        if _is_unchanged(held, tensor.to(wire_dtype)):
+            return SAME, wire_dtype
+        entry = TensorEntry(name, tensor.dtype, wire_dtype, tuple(tensor.shape), LOSSLESS, ())
+        is_moved = held.dtype == wire_dtype and wire_dtype in CODABLE_DTYPES and is_small(entry)
+        return LOSSLESS if is_moved else EXACT, wire_dtype
+
+    def _write_bundle(
+        self,
+        writer: FrameWriter,
+        bundle: Bundle,
+        snapshot: Snapshot,
+        reference: Reference,
+        plan: Plan | None,
+        rms: dict[str, float],
+    ) -> None:
+        """Write the pieces of one tensor, or of joined ones, and move the reference along."""
+        names = [entry.name for entry in bundle.members]
+        wire_dtype = bundle.whole.wire_dtype
+        if bundle.encoding == SAME:
+            return
+        if bundle.encoding == EXACT:
+            wires = [snapshot.tensors[name].to(wire_dtype) for name in names]
+            for name, wire in zip(names, wires, strict=True):
+                if reference.tensors[name].dtype == wire_dtype:
+                    reference.tensors[name].copy_(wire)
+                else:
+                    reference.tensors[name] = wire.clone() if wire is snapshot.tensors[name] else wire
+            _write_exact(writer, _join(wires))
+        elif bundle.encoding == LOSSLESS:
+            held = [reference.tensors[name].view(-1) for name in names]
+            if len(names) == 1:
+                _write_lossless(writer, snapshot.tensors[names[0]], held[0])
+                return
+            joined = _join(held)
+            _write_lossless(writer, _join([snapshot.tensors[name].to(wire_dtype) for name in names]), joined)
+            for tensor, part in zip(held, joined.split_with_sizes([*map(len, held)]), strict=True):
+                tensor.copy_(part)
+        elif plan is not None:
+            runs = [
+                (snapshot.tensors[name].view(-1), reference.tensors[name].view(-1), plan.step * rms[name])
+                for name in names
+            ]
+            self._write_codes(writer, runs, plan.alphabet)
 
     def _write_codes(
-        self, writer: FrameWriter, tensor: Tensor, reference: Tensor, plan: Plan, rms: float
+        self, writer: FrameWriter, tensors: list[tuple[Tensor, Tensor, float]], alphabet: Alphabet
     ) -> None:
-        weights, held = tensor.view(-1), reference.view(-1)
-        quantizer = self._quantizers.setdefault(tensor.device, Quantizer(tensor.device))
-        for start in range(0, len(weights), SEGMENT_ELEMENTS):
-            segment = slice(start, start + SEGMENT_ELEMENTS)
-            scales, symbols = quantizer.encode(
-                weights[segment], held[segment], plan.alphabet, plan.step * rms
-            )
-            mask, others = split_zeros(symbols.cpu().numpy(), plan.alphabet.zero_symbol)
+        """Of (weights, reference, step), all flat: one tensor's segments, or joined ones as one segment."""
+        segments = [tensors]
+        if len(tensors) == 1:
+            ((weights, held, step),) = tensors
+            slices = [
+                slice(start, start + SEGMENT_ELEMENTS) for start in range(0, len(weights), SEGMENT_ELEMENTS)
+            ]
+            segments = [[(weights[part], held[part], step)] for part in slices]
+        quantizer = self._quantizers.setdefault(tensors[0][0].device, Quantizer(tensors[0][0].device))
+        for parts in segments:
+            coded = [quantizer.encode(weights, held, alphabet, step) for weights, held, step in parts]
+            scales, symbols = (_join(arrays) for arrays in zip(*coded, strict=True))
+            mask, others = split_zeros(symbols.cpu().numpy(), alphabet.zero_symbol)
             for array in (_unsigned(scales), mask, others):
                 writer.add_piece(compress_symbols(array))
+
+    def _cast_for_keyframe(self, snapshot: Snapshot, name: str) -> tuple[Tensor, int]:
+        """A tensor as it travels, in new memory, and its checksum. Raises NonFiniteError.
+
+        What it is cast from is only looked at where the outcome reaches the dtype's edge: something was beyond, perhaps.
+        """
+        tensor = snapshot.tensors[name]
+        dtype = self._choose_wire_dtype(snapshot, name, 0.0)
+        wire = empty_tensor(tensor.shape, dtype, tensor.device)
+        scan = scan_tensor(wire, tensor)
+        if not scan.largest < _LARGEST.get(dtype, math.inf):
+            wider = self._choose_wire_dtype(snapshot, name, largest_magnitude(name, tensor))
+            if wider != dtype:
+                wire = empty_tensor(tensor.shape, wider, tensor.device)
+                scan = scan_tensor(wire, tensor)
+        return wire, scan.checksum
 
     def _choose_wire_dtype(self, snapshot: Snapshot, name: str, largest: float) -> torch.dtype:
         dtype = snapshot.tensors[name].dtype
@@ -262,12 +336,12 @@ def is_codable(snapshot: Snapshot, name: str) -> bool:
 
 def largest_magnitude(name: str, tensor: Tensor) -> float:
     """The largest absolute value (0 for integers and empty tensors). Raises NonFiniteError if it is not finite."""
-    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
-        return 0.0
-    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    lowest, highest = (values.float() if values.dtype.itemsize == 1 else values).aminmax()
-    largest = max(-float(lowest), float(highest))
-    if not math.isfinite(largest) or math.isnan(float(lowest)):
+    return check_finite(name, find_largest(tensor))
+
+
+def check_finite(name: str, largest: float) -> float:
+    """A tensor's largest magnitude itself. Raises NonFiniteError if it is not finite."""
+    if not math.isfinite(largest):
         raise NonFiniteError(f"the tensor {name!r} holds NaN or infinite values")
     return largest
 
@@ -318,6 +392,12 @@ def _write_lossless(writer: FrameWriter, tensor: Tensor, reference: Tensor) -> N
         target = weights[segment].to(held.dtype)
         writer.add_piece(compress_symbols(_unsigned(encode_lossless(target, held[segment]))))
         held[segment] = target
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors as one flat tensor, where the first one is; a single one is not copied."""
+    flat = [tensor.view(-1).to(tensors[0].device) for tensor in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 def _unsigned(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.unsignedinteger[np._NBit]]]:

@@ -7,44 +7,42 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import msgpack
 import torch
 
-from p2pcodistill.checkpoint.coding import MAX_OVERHEAD_BYTES, MAX_RAW_BYTES
-from p2pcodistill.checkpoint.quantize import ALPHABETS, SEGMENT_ELEMENTS
+from p2pcodistill.checkpoint.coding import MAX_OVERHEAD_BYTES, MAX_RAW_BYTES, MAX_SYMBOLS
+from p2pcodistill.checkpoint.entries import (
+    CODABLE_DTYPES,
+    DELTA_ENCODINGS,
+    EXACT,
+    KEYFRAME_ENCODINGS,
+    SAME,
+    Bundle,
+    TensorEntry,
+    join_entries,
+)
 from p2pcodistill.checkpoint.snapshot import dtype_name
 from p2pcodistill.errors import MalformedError, OversizedError
 
 MAGIC = b"P2PF"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+OLDEST_VERSION = 2
+"""What is still read: its footers are not compressed, and no tensors joined."""
 KEYFRAME = "keyframe"
 DELTA = "delta"
-
-EXACT = "exact"
-"""All of a tensor's bytes in its wire dtype."""
-INT8 = "int8"
-"""Of a keyframe: 8-bit codes and block scales."""
-LOSSLESS = "lossless"
-"""Of a delta frame: how many representable numbers each element has moved."""
-SAME = "same"
-"""Of a delta frame: nothing; the tensor is as it was."""
-PIECES_OF_SEGMENT = {LOSSLESS: 1, INT8: 2}
-CODE_PIECES = 3
-"""Of a segment of few-bit codes: the scales, where symbols are not zero, and those symbols."""
-_KEYFRAME_ENCODINGS = frozenset({EXACT, INT8})
-_DELTA_ENCODINGS = frozenset({EXACT, LOSSLESS, SAME, *ALPHABETS})
 
 MAX_FOOTER_BYTES = 8 * 1024**2
 MAX_TENSORS = 65_536
 MAX_NAME_CHARS = 512
 MAX_DIMS = 32
 MAX_STEP = 2**63 - 1
-_MAX_PIECES = 32_768  # of one tensor
-_MAX_PIECE_BYTES = MAX_RAW_BYTES + MAX_OVERHEAD_BYTES
+_MAX_PIECES = 32_768  # of one tensor or bundle
+_MAX_PIECE_BYTES = max(MAX_RAW_BYTES, 4 * MAX_SYMBOLS) + MAX_OVERHEAD_BYTES
 _MAX_ELEMENTS = 2**48  # with empty dimensions counted as 1: strides must fit an int64
 
 _HEAD = struct.Struct("<4sI")
@@ -66,35 +64,6 @@ _NARROWINGS = {
     (torch.float64, torch.bfloat16),
     (torch.float64, torch.float32),
 }
-CODABLE_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
-"""Wire dtypes of tensors that may travel as codes or losslessly as a difference."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """How one tensor travels: its dtype at the origin and on the wire, and the bytes of each of its pieces in the body."""
-
-    name: str
-    dtype: torch.dtype
-    wire_dtype: torch.dtype
-    shape: tuple[int, ...]
-    encoding: str
-    pieces: tuple[int, ...]
-
-    @property
-    def num_elements(self) -> int:
-        """Of the tensor."""
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the decoded tensor."""
-        return self.num_elements * self.wire_dtype.itemsize
-
-    @property
-    def num_wire_bytes(self) -> int:
-        """In the frame's body."""
-        return sum(self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +75,9 @@ class FrameHeader:
     checksum: int
     entries: tuple[TensorEntry, ...]
     aliases: dict[str, str]
+    version: int
+    bundles: tuple[Bundle, ...]
+    """The entries by the pieces that they share, in the body's order."""
 
     @property
     def kind(self) -> str:
@@ -130,9 +102,9 @@ class FrameWriter:
         self._pieces.append(len(piece))
 
     def end_tensor(
-        self, name: str, dtype: torch.dtype, wire_dtype: torch.dtype, shape: torch.Size, encoding: str
+        self, name: str, dtype: torch.dtype, wire_dtype: torch.dtype, shape: Sequence[int], encoding: str
     ) -> None:
-        """The pieces since the last call are this tensor's."""
+        """The pieces since the last call are this tensor's, or those of the bundle whose last member it is."""
         self._entries.append(
             (name, dtype_name(dtype), dtype_name(wire_dtype), tuple(shape), encoding, tuple(self._pieces))
         )
@@ -142,7 +114,8 @@ class FrameWriter:
         """Write the footer. Raises MalformedError or OversizedError for what a reader would not take."""
         first = (step, base, checksum, len(self._entries), len(aliases))
         footer = b"".join(msgpack.packb(part) for part in (first, *self._entries, *aliases.items()))
-        _parse_footer(footer, max_bytes=2**63)  # the reader's caps bind the writer, too
+        _parse_footer(footer, FORMAT_VERSION, max_bytes=2**63)  # the reader's caps bind the writer, too
+        footer = zlib.compress(footer, 9)
         self.num_bytes += self._sink.write(footer + _TAIL.pack(len(footer), MAGIC))
 
 
@@ -156,8 +129,10 @@ def read_header(frame: memoryview, *, max_bytes: int) -> FrameHeader:
     magic, version = _HEAD.unpack_from(frame)
     if magic != MAGIC:
         raise MalformedError("these bytes are not a frame")
-    if version != FORMAT_VERSION:
-        raise MalformedError(f"a frame has format version {version}; this version reads {FORMAT_VERSION}")
+    if not OLDEST_VERSION <= version <= FORMAT_VERSION:
+        raise MalformedError(
+            f"a frame has format version {version}; this version reads {OLDEST_VERSION} to {FORMAT_VERSION}"
+        )
     num_footer_bytes, magic = _TAIL.unpack_from(frame, len(frame) - _TAIL.size)
     if magic != MAGIC:
         raise MalformedError("a frame is cut off")
@@ -169,24 +144,39 @@ def read_header(frame: memoryview, *, max_bytes: int) -> FrameHeader:
     if num_body_bytes < 0:
         raise MalformedError("a frame's footer is longer than the frame")
     footer = bytes(frame[len(frame) - _TAIL.size - num_footer_bytes : len(frame) - _TAIL.size])
-    header = _parse_footer(footer, max_bytes=max_bytes)
+    if version > 2:
+        footer = _decompress_footer(footer)
+    header = _parse_footer(footer, version, max_bytes=max_bytes)
     if num_body_bytes != sum(entry.num_wire_bytes for entry in header.entries):
         raise MalformedError("a frame's body is not as long as its footer says")
     return header
 
 
-def read_pieces(frame: memoryview, header: FrameHeader) -> Iterator[tuple[TensorEntry, list[memoryview]]]:
-    """The tensors of `frame`, whose header was read, in order, with their pieces."""
+def read_pieces(frame: memoryview, header: FrameHeader) -> Iterator[tuple[Bundle, list[memoryview]]]:
+    """The tensors of `frame`, whose header was read, by bundle, with their pieces."""
     offset = _HEAD.size
-    for entry in header.entries:
+    for bundle in header.bundles:
         pieces = []
-        for num_piece_bytes in entry.pieces:
+        for num_piece_bytes in bundle.whole.pieces:
             pieces.append(frame[offset : offset + num_piece_bytes])
             offset += num_piece_bytes
-        yield entry, pieces
+        yield bundle, pieces
 
 
-def _parse_footer(raw: bytes, *, max_bytes: int) -> FrameHeader:
+def _decompress_footer(raw: bytes) -> bytes:
+    inflater = zlib.decompressobj()
+    try:
+        footer = inflater.decompress(raw, MAX_FOOTER_BYTES + 1)
+    except zlib.error:
+        raise MalformedError("a frame's footer does not decompress") from None
+    if len(footer) > MAX_FOOTER_BYTES:
+        raise OversizedError(f"a frame's footer is over the cap of {MAX_FOOTER_BYTES} bytes")
+    if not inflater.eof or inflater.unused_data:
+        raise MalformedError("a frame's footer is cut off, or followed by something else")
+    return footer
+
+
+def _parse_footer(raw: bytes, version: int, *, max_bytes: int) -> FrameHeader:
     # One small array at a time: msgpack allocates what an array claims to hold before it has seen it.
     unpacker = msgpack.Unpacker(
         use_list=False,
@@ -199,14 +189,16 @@ def _parse_footer(raw: bytes, *, max_bytes: int) -> FrameHeader:
     )
     try:
         unpacker.feed(raw)
-        return _read_footer(unpacker, len(raw), max_bytes)
+        return _read_footer(unpacker, len(raw), version, max_bytes)
     except (ValueError, msgpack.UnpackException) as error:
         raise MalformedError(
             f"a frame's footer does not parse: {str(error) or type(error).__name__}"
         ) from None
 
 
-def _read_footer(unpacker: msgpack.Unpacker, num_footer_bytes: int, max_bytes: int) -> FrameHeader:
+def _read_footer(
+    unpacker: msgpack.Unpacker, num_footer_bytes: int, version: int, max_bytes: int
+) -> FrameHeader:
     raw_step, raw_base, raw_checksum, num_tensors, num_aliases = _check_tuple(unpacker.unpack(), 5)
     step = _check_int(raw_step, "step", MAX_STEP)
     checksum = _check_int(raw_checksum, "checksum", 2**64 - 1)
@@ -237,7 +229,10 @@ def _read_footer(unpacker: msgpack.Unpacker, num_footer_bytes: int, max_bytes: i
         aliases[name] = target
     if unpacker.tell() != num_footer_bytes:
         raise MalformedError("a frame's footer is longer than it says")
-    return FrameHeader(step, base, checksum, tuple(entries.values()), aliases)
+    listed = tuple(entries.values())
+    bundles = join_entries(listed, is_joining=version > 2 and base is not None)
+    _check_pieces(bundles)
+    return FrameHeader(step, base, checksum, listed, aliases, version, bundles)
 
 
 def _check_entry(fields: object, *, is_keyframe: bool) -> TensorEntry:
@@ -249,26 +244,21 @@ def _check_entry(fields: object, *, is_keyframe: bool) -> TensorEntry:
     shape = tuple(_check_int(size, "size of a dimension", _MAX_ELEMENTS) for size in _check_tuple(raw_shape))
     if len(shape) > MAX_DIMS or math.prod(max(size, 1) for size in shape) > _MAX_ELEMENTS:
         raise OversizedError(f"a frame's tensor {name!r} has too many dimensions or elements")
-    if type(encoding) is not str or encoding not in (
-        _KEYFRAME_ENCODINGS if is_keyframe else _DELTA_ENCODINGS
-    ):
+    if type(encoding) is not str or encoding not in (KEYFRAME_ENCODINGS if is_keyframe else DELTA_ENCODINGS):
         raise MalformedError(f"a frame has {name!r} in an encoding that this version does not know there")
     if encoding not in (EXACT, SAME) and wire_dtype not in CODABLE_DTYPES:
         raise MalformedError(f"a frame has {name!r} as codes, which {wire_dtype} cannot be")
     pieces = tuple(_check_int(size, "size of a piece", _MAX_PIECE_BYTES) for size in _check_tuple(raw_pieces))
-    entry = TensorEntry(name, dtype, wire_dtype, shape, encoding, pieces)
-    if len(pieces) != _count_pieces(entry):
-        raise MalformedError(f"a frame has {name!r} in a number of pieces that does not fit its size")
-    return entry
+    return TensorEntry(name, dtype, wire_dtype, shape, encoding, pieces)
 
 
-def _count_pieces(entry: TensorEntry) -> int:
-    if entry.encoding == SAME:
-        return 0
-    if entry.encoding == EXACT:
-        return -(-entry.num_bytes // MAX_RAW_BYTES)
-    num_segments = -(-entry.num_elements // SEGMENT_ELEMENTS)
-    return PIECES_OF_SEGMENT.get(entry.encoding, CODE_PIECES) * num_segments
+def _check_pieces(bundles: Sequence[Bundle]) -> None:
+    for bundle in bundles:
+        whole = bundle.whole
+        if len(whole.pieces) != whole.num_pieces or any(entry.pieces for entry in bundle.members[:-1]):
+            raise MalformedError(
+                f"a frame has {whole.name!r} in a number of pieces that does not fit its size"
+            )
 
 
 # What a refused value is like is not repeated: it can be nested deeper than `repr` goes.

@@ -17,7 +17,7 @@ numpy.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +43,7 @@ MAX_MANIFEST_BYTES = 2 * 1024**2 + 4096
 1 MiB or more."""
 
 _NUM_FIELDS = 13
+_MAX_NAMES_BYTES = 8 * MAX_NAME_CHARS + 32
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -188,11 +189,18 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class SignedManifest:
-    """A manifest with the exact bytes that were signed. Only `sign_manifest`, `verify_manifest` make one."""
+    """A manifest with the exact bytes that were signed. Only `sign_manifest`, `verify_manifest` make one.
+
+    `frame_id` is the hex SHA-256 of the body: the frame's name in files, wants and chunks.
+    """
 
     manifest: Manifest
     body: bytes
     signature: bytes
+    frame_id: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "frame_id", hashlib.sha256(self.body).hexdigest())
 
     @property
     def version(self) -> Version:
@@ -209,16 +217,29 @@ class SignedManifest:
         """The frame's size."""
         return self.manifest.num_bytes
 
-    @property
-    def frame_id(self) -> str:
-        """The hex SHA-256 of the body: the frame's name in files, wants and chunks."""
-        return hashlib.sha256(self.body).hexdigest()
-
 
 def sign_manifest(manifest: Manifest, identity: Identity) -> SignedManifest:
     """Sign `manifest` as its origin. Raises OversizedError when its body is over MAX_MANIFEST_BYTES."""
     body = manifest.to_bytes()
     return SignedManifest(manifest, body, identity.sign(SIGNATURE_DOMAIN + body))
+
+
+def claimed_origin(body: bytes) -> str:
+    """The member in whose name `body` speaks, which tells the key to verify it with. Nothing is verified yet.
+
+    Raises MalformedError.
+    """
+    unpacker = msgpack.Unpacker(max_array_len=_NUM_FIELDS, max_str_len=4 * MAX_NAME_CHARS)
+    unpacker.feed(body[:_MAX_NAMES_BYTES])
+    try:
+        if unpacker.read_array_header() == _NUM_FIELDS and unpacker.unpack() == FORMAT_VERSION:
+            unpacker.skip()
+            origin = unpacker.unpack()
+            _check_name("origin", origin)
+            return str(origin)
+    except (ValueError, TypeError, msgpack.UnpackException, msgpack.OutOfData) as error:
+        raise MalformedError(f"a manifest does not parse: {str(error) or type(error).__name__}") from None
+    raise MalformedError(f"a manifest must have {_NUM_FIELDS} fields and format version {FORMAT_VERSION}")
 
 
 def verify_manifest(body: bytes, signature: bytes, public: PublicIdentity) -> SignedManifest:
@@ -232,9 +253,9 @@ def verify_manifest(body: bytes, signature: bytes, public: PublicIdentity) -> Si
     return SignedManifest(Manifest.from_bytes(body), body, signature)
 
 
-def digest_chunks(source: Path | bytes, chunk_bytes: int) -> tuple[bytes, ...]:
+def digest_chunks(source: Path | bytes | memoryview, chunk_bytes: int) -> tuple[bytes, ...]:
     """`digest_chunk` of each chunk of a file (read chunk by chunk) or of bytes, in order. Raises OSError."""
-    if isinstance(source, bytes):
+    if not isinstance(source, Path):
         view = memoryview(source)
         return tuple(
             digest_chunk(view[start : start + chunk_bytes]) for start in range(0, len(view), chunk_bytes)

@@ -27,7 +27,7 @@ BLOCK_ELEMENTS = 1024
 """Elements that share a scale."""
 SEGMENT_ELEMENTS = 1 << 22
 """Elements of a tensor that are encoded into one piece of scales and one of codes: what bounds the memory used."""
-CHUNK_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS = 1 << 17
 DEAD_ZONE = 0.6
 """Of codes with several levels, in steps: below half a step more is lost in bits than is won in precision."""
 INT8_LEVELS = 127
@@ -87,7 +87,8 @@ class Quantizer:
         def buffer(dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(CHUNK_ELEMENTS, dtype=dtype, device=device)
 
-        self._base, self._delta, self._kept, self._codes = buffer(), buffer(), buffer(), buffer()
+        # Few, so that all of them stay in the cache: what is worked out takes the place of what it was made of.
+        self._base, self._delta, self._codes = buffer(), buffer(), buffer()
         self._int8 = buffer(torch.int8)
         self._narrow: dict[torch.dtype, Tensor] = {}
 
@@ -149,26 +150,25 @@ class Quantizer:
     def _ternary(self, delta: Tensor, alphabet: Alphabet, threshold: float, scales: Tensor) -> None:
         """Sign codes of what is above the threshold; a block's scale is the mean of what it keeps."""
         size = delta.numel()
-        kept, codes = self._kept[:size], self._codes[:size]
-        torch.ops.aten.hardshrink.out(delta, threshold, out=kept)
-        torch.sign(kept, out=codes)
+        codes, int8 = self._codes[:size], self._int8[:size]
+        torch.ops.aten.hardshrink.out(delta, threshold, out=codes)
+        int8.copy_(codes.sign_())
         blocks = codes.view(-1, BLOCK_ELEMENTS)
-        sums = torch.linalg.vecdot(kept.view(-1, BLOCK_ELEMENTS), blocks)
-        scales.copy_(sums / torch.linalg.vecdot(blocks, blocks).clamp_(min=1))
-        self._int8[:size].copy_(codes)
+        sums = torch.linalg.vecdot(delta.view(-1, BLOCK_ELEMENTS), blocks)
+        scales.copy_(sums.div_(torch.linalg.vecdot(blocks, blocks).clamp_(min=1)))
 
     def _uniform(self, delta: Tensor, alphabet: Alphabet, step: float, scales: Tensor) -> None:
         """Codes of several levels; what is beyond the last level waits for the next frames, as what is too small does.
 
         So that it does not wait for long, levels are further apart in a block whose largest difference is far beyond.
         """
-        kept, codes = self._kept[: len(delta)], self._codes[: len(delta)]
+        codes = self._codes[: len(delta)]
         blocks = delta.view(-1, BLOCK_ELEMENTS)
         scales.copy_((blocks.abs().amax(1) / (_MAX_REACHES * alphabet.num_levels)).clamp_(min=step))
         steps = scales.float().clamp_(min=torch.finfo(torch.float32).tiny)[:, None]
-        torch.div(blocks, steps, out=kept.view(-1, BLOCK_ELEMENTS))
-        torch.sign(kept, out=codes)
-        codes.mul_(kept.abs_().add_(1 - DEAD_ZONE).floor_().clamp_(max=alphabet.num_levels))
+        blocks.div_(steps)
+        torch.sign(delta, out=codes)
+        codes.mul_(delta.abs_().add_(1 - DEAD_ZONE).floor_().clamp_(max=alphabet.num_levels))
         codes.add_(0.0)  # no code is -0.0, which would not add to a reference of -0.0 what receivers add
         scales.mul_(codes.view(-1, BLOCK_ELEMENTS).any(1))
         self._int8[: len(delta)].copy_(codes)
@@ -176,13 +176,9 @@ class Quantizer:
     def _move(self, reference: Tensor, scales: Tensor) -> None:
         """reference <- round(reference + codes * scales); what is beyond the dtype's range stays at its edge."""
         num_padded = scales.numel() * BLOCK_ELEMENTS
-        moved = self._delta[:num_padded]
-        torch.addcmul(
-            self._base[:num_padded].view(-1, BLOCK_ELEMENTS),
-            self._codes[:num_padded].view(-1, BLOCK_ELEMENTS),
-            scales.float()[:, None],
-            out=moved.view(-1, BLOCK_ELEMENTS),
-        )
+        moved = self._base[:num_padded]
+        codes = self._codes[:num_padded].view(-1, BLOCK_ELEMENTS)
+        moved.view(-1, BLOCK_ELEMENTS).addcmul_(codes, scales.float()[:, None])
         largest = _MAX_OF[reference.dtype]
         reference.copy_(moved.clamp_(-largest, largest)[: reference.numel()])
 

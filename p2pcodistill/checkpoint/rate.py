@@ -22,6 +22,8 @@ MAX_LEFT_SHARE = 0.88
 NUM_SAMPLES = 1 << 14
 _RUN_ELEMENTS = 256
 _STEP_RATIO = 1.15
+# Between two of these, tried around each alphabet's best: what is finer than need be costs bytes.
+_FINER_RATIOS = [_STEP_RATIO ** (index / 6) for index in (-5, -4, -3, -2, -1, 1, 2, 3, 4, 5)]
 # In units of rms: from where an alphabet sends next to nothing, or a coarser one is as good, to where its levels would no
 # longer reach the largest differences.
 _COARSEST_STEPS = {1: 16.0, 3: 4.0, 7: 3.0, 127: 0.6}
@@ -88,7 +90,14 @@ class RateControl:
     def plan(self, samples: Sequence[Sample], num_other_bytes: int) -> Plan:
         """What to code the sampled tensors with; `num_other_bytes` of the frame are not theirs."""
         pool = _Pool(samples)
-        plans = [pool.predict(alphabet, step) for alphabet in self._alphabets for step in _steps(alphabet)]
+        plans = []
+        for alphabet in self._alphabets:
+            coarse = [pool.predict(alphabet, step) for step in _steps(alphabet)]
+            best = self._choose(coarse, num_other_bytes)
+            plans += [best, *(pool.predict(alphabet, best.step * ratio) for ratio in _FINER_RATIOS)]
+        return self._choose(plans, num_other_bytes)
+
+    def _choose(self, plans: Sequence[Plan], num_other_bytes: int) -> Plan:
         if self._budget_bytes is None:
             good = [plan for plan in plans if self._is_good(plan)]
             return min(good, key=_cost) if good else min(plans, key=_error)

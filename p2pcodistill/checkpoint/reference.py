@@ -11,13 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from p2pcodistill.checkpoint.scan import MIX, checksum_tensor
 from p2pcodistill.checkpoint.snapshot import dtype_name, hash_schema, num_fp16_bytes
-
-_MIX = 0x9E3779B97F4A7C15
-_ROW_WORDS = 128
-_CHUNK_WORDS = 1 << 17  # rows whose sums are taken at a time: they stay in the cache
 
 
 @dataclass(slots=True)
@@ -65,38 +61,15 @@ def checksum_tensors(tensors: Iterable[Tensor]) -> int:
     s = sum (2i + 1) r_i + 0x9E3779B97F4A7C15 * sum (2j + 1) c_j, and over the tensors c = c * 0x9E3779B97F4A7C15 + s, all
     modulo 2^64. Integers only, so it is the same on every device.
     """
-    checksum = 0
-    for tensor in tensors:
-        checksum = (checksum * _MIX + _checksum(tensor)) % 2**64
-    return checksum
+    return combine_checksums(map(checksum_tensor, tensors))
 
 
-def _checksum(tensor: Tensor) -> int:
-    raw = raw_bytes(tensor)
-    row_bytes = 8 * _ROW_WORDS
-    num_whole = raw.numel() - raw.numel() % row_bytes
-    whole = raw[:num_whole]
-    if whole.data_ptr() % 8:  # a view into something larger
-        whole = whole.clone()
-    words = whole.view(torch.int64)
-    columns = torch.zeros(_ROW_WORDS, dtype=torch.int64, device=raw.device)
-    total = 0
-    for start in range(0, words.numel(), _CHUNK_WORDS):
-        total += _sum_rows(words[start : start + _CHUNK_WORDS], start // _ROW_WORDS, columns)
-    if num_whole < raw.numel():
-        tail = functional.pad(raw[num_whole:], (0, row_bytes - raw.numel() % row_bytes))
-        total += _sum_rows(tail.view(torch.int64), words.numel() // _ROW_WORDS, columns)
-    odd = torch.arange(1, 2 * _ROW_WORDS, 2, dtype=torch.int64, device=raw.device)
-    return total + _MIX * int((columns * odd).sum())
-
-
-def _sum_rows(words: Tensor, first_row: int, columns: Tensor) -> int:
-    """The weighted sum of these rows, the first of which is row `first_row`; adds their columns to `columns`."""
-    mixed = (words >> 32).add_(words).view(-1, _ROW_WORDS)
-    columns += mixed.sum(0)
-    rows = mixed.sum(1)
-    odd = torch.arange(1, 2 * len(rows), 2, dtype=torch.int64, device=words.device)
-    return int((rows * odd).sum()) + 2 * first_row * int(rows.sum())
+def combine_checksums(checksums: Iterable[int]) -> int:
+    """`checksum_tensors` from those of each tensor, in order."""
+    combined = 0
+    for checksum in checksums:
+        combined = (combined * MIX + checksum) % 2**64
+    return combined
 
 
 def raw_bytes(tensor: Tensor) -> Tensor:

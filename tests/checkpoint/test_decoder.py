@@ -209,7 +209,10 @@ def test_values_that_are_not_finite_are_refused() -> None:
     far = compress_symbols(steps)
     with pytest.raises(NonFiniteError, match="weights"):
         decode_frame(put_piece(frames[1], 0, 0, far), decode(frames[:1]), max_bytes=MAX_BYTES)
-    bias = compress_raw(np.full(30, np.nan, np.float32).view(np.uint8), 4)
+    bits = decode(frames[:1]).tensors["bias"].view(torch.int32)
+    far_steps = np.zeros(30, np.uint32)
+    far_steps[(bits > 0).int().argmax()] = 2 * (0x7FC00000 - int(bits[bits > 0][0]))  # as far as NaN
+    bias = compress_symbols(far_steps)
     with pytest.raises(NonFiniteError, match="bias"):
         decode_frame(put_piece(frames[1], 1, 0, bias), decode(frames[:1]), max_bytes=MAX_BYTES)
 

@@ -200,6 +200,41 @@ def test_what_fp16_cannot_hold_travels_in_fp32_and_as_it_is_beyond_that(model):
     assert torch.equal(encoder.reference.tensors["wider"], tensors["wider"])
 
 
+@pytest.mark.parametrize("value", [65504.01, 65519.0, 65520.0, -7e4])
+def test_one_number_beyond_fp16_late_in_a_large_tensor_makes_it_travel_in_fp32(value):
+    weights = torch.randn(3000, 2000, generator=torch.Generator().manual_seed(0))
+    edge = weights.clone()
+    edge[0, 0] = 65504.0
+    weights[-1, -1] = value
+    encoder, sink = FrameEncoder(FramesConfig()), io.BytesIO()
+    encoder.encode(Snapshot(0, {"far": weights, "edge": edge}, {}), sink)
+    reference = decode_frame(sink.getvalue(), None, max_bytes=MAX_BYTES)
+    assert_same(reference, encoder.reference)
+    assert torch.equal(reference.tensors["far"], weights)
+    assert torch.equal(reference.tensors["edge"], edge.half())
+
+
+@pytest.mark.parametrize("delta", ["ternary", "off"])
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_keyframe_with_a_number_late_that_is_not_finite_is_refused_before_anything_is_written(delta, bad):
+    tensors = {
+        "first": torch.randn(50, 40),
+        "last": torch.randn(3000, 200),
+        "double": torch.randn(40, 40).double(),
+    }
+    encoder = FrameEncoder(FramesConfig(delta=delta))
+    for name, index in (("last", -1), ("double", 0), ("first", 3)):
+        broken = {key: tensor.clone() for key, tensor in tensors.items()}
+        broken[name].view(-1)[index] = bad
+        sink = io.BytesIO()
+        with pytest.raises(NonFiniteError, match=name):
+            encoder.encode(Snapshot(0, broken, {}), sink)
+        assert not sink.getvalue()
+        encoder.restart()
+    assert encoder.encode(Snapshot(1, tensors, {}), sink).base_step is None
+    assert_same(decode_frame(sink.getvalue(), None, max_bytes=MAX_BYTES), encoder.reference)
+
+
 def test_a_tensor_that_outgrows_fp16_within_a_chain_is_replaced(model):
     encoder = FrameEncoder(FramesConfig())
     weights = torch.randn(64, 64)

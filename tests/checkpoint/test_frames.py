@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import struct
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +20,11 @@ from torch import Tensor
 
 from p2pcodistill.checkpoint.decoder import decode_frame
 from p2pcodistill.checkpoint.encoder import FrameEncoder
+from p2pcodistill.checkpoint.entries import EXACT, LOSSLESS, SAME
 from p2pcodistill.checkpoint.frames import (
     DELTA,
-    EXACT,
     KEYFRAME,
-    LOSSLESS,
     MAX_FOOTER_BYTES,
-    SAME,
     FrameWriter,
     read_header,
     read_pieces,
@@ -93,7 +92,10 @@ def test_pieces_and_everything_said_about_them_come_back() -> None:
         2**64 - 2,
     )
     assert header.aliases == {"tied": "same"}
-    read = [(entry.name, [bytes(piece) for piece in pieces]) for entry, pieces in read_pieces(frame, header)]
+    read = [
+        (bundle.whole.name, [bytes(piece) for piece in pieces])
+        for bundle, pieces in read_pieces(frame, header)
+    ]
     assert read == [("größe", contents[:1]), ("same", []), ("long", contents[1:])]
     entry = header.entries[0]
     assert (entry.dtype, entry.wire_dtype, entry.shape, entry.encoding) == (
@@ -167,6 +169,13 @@ def replace_footer(footer: bytes) -> bytes:
     return wrap(b"", footer)
 
 
+def recompress(change: Callable[[bytes], bytes]) -> bytes:
+    """The good keyframe, with a change to its compressed footer."""
+    footer = change(zlib.compress(PLAIN, 9))
+    body = b"".join(piece for own in split(KEY).pieces for piece in own)
+    return KEY[:8] + body + footer + struct.pack("<I4s", len(footer), b"P2PF")
+
+
 def nest(depth: int) -> list[Any]:
     return functools.reduce(lambda inner, _: [inner], range(depth), [])
 
@@ -184,12 +193,18 @@ def test_the_tools_of_this_section_rebuild_the_good_frames() -> None:
 
 
 KEY, DEL = good_frames()
+PLAIN = zlib.decompress(KEY[-8 - struct.unpack_from("<I", KEY, len(KEY) - 8)[0] : -8])
 REFUSED = {
     "nothing": (b"", MalformedError),
     "too short": (KEY[:15], MalformedError),
     "other magic": (b"P2PG" + KEY[4:], MalformedError),
     "older version": (KEY[:4] + b"\1" + KEY[5:], MalformedError),
-    "newer version": (KEY[:4] + b"\3" + KEY[5:], MalformedError),
+    "newer version": (KEY[:4] + b"\4" + KEY[5:], MalformedError),
+    "version of plain footers": (KEY[:4] + b"\2" + KEY[5:], MalformedError),
+    "footer is not compressed": (KEY[:8] + wrap(b"", b"\x95", 2)[8:], MalformedError),
+    "footer is cut off": (recompress(lambda footer: footer[:-1]), MalformedError),
+    "something behind the footer": (recompress(lambda footer: footer + b"\0"), MalformedError),
+    "footer that decompresses to too much": (wrap(b"", bytes(MAX_FOOTER_BYTES + 1)), OversizedError),
     "cut off": (KEY[:-1], MalformedError),
     "cut in the middle": (KEY[: len(KEY) // 2], MalformedError),
     "more after the end": (KEY + b"\0", MalformedError),
@@ -222,7 +237,7 @@ REFUSED = {
     "name is bytes": (set_entry(0, b"weights"), MalformedError),
     "name is empty": (set_entry(0, ""), MalformedError),
     "name is long": (set_entry(0, "x" * 513), MalformedError),
-    "name is not UTF-8": (KEY.replace(b"weights", b"weight\xff", 1), MalformedError),
+    "name is not UTF-8": (replace_footer(PLAIN.replace(b"weights", b"weight\xff", 1)), MalformedError),
     "name twice": (set_entry(0, "bias"), MalformedError),
     "nested name": (set_entry(0, nest(400)), MalformedError),
     "dtype unknown": (set_entry(1, "float128"), MalformedError),
@@ -235,7 +250,7 @@ REFUSED = {
     "shape is fractional": (set_entry(3, [40.0, 30.0]), MalformedError),
     "shape of too many dimensions": (set_entry(3, [40, 30] + [1] * 40), OversizedError),
     "shape that overflows": (set_entry(3, [2**40, 2**40, 0]), OversizedError),
-    "shape of more pieces": (set_entry(3, [40, 2**18]), MalformedError),
+    "shape of more pieces": (set_entry(3, [40, 2**18]), OversizedError),
     "encoding unknown": (set_entry(4, "2-bit"), MalformedError),
     "encoding is a number": (set_entry(4, 1), MalformedError),
     "encoding nested": (set_entry(4, nest(400)), MalformedError),
@@ -267,7 +282,7 @@ REFUSED = {
     "tied name is short": (edit(lambda parts: parts.aliases[0].pop()), MalformedError),
     "bomb": (claim([2**32], 1024), OversizedError),
     "bomb of many": (claim([300_000], 1, num=2), OversizedError),
-    "bomb of the largest number of elements": (claim([2**48], 1), MalformedError),
+    "bomb of the largest number of elements": (claim([2**48], 1), OversizedError),
     "bomb of codes": (claim([2**22], 2, encoding="int8"), OversizedError),
 }
 

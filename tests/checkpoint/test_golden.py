@@ -23,7 +23,8 @@ GOLDEN = Path(__file__).parent / "golden"
 CHAINS = {
     (folder.name, prefix): sorted(folder.glob(f"{prefix}-*.frame"))
     for folder in sorted(GOLDEN.glob("v*"))
-    for prefix in ("chain", "large")
+    for prefix in ("chain", "large", "full")
+    if any(folder.glob(f"{prefix}-*.frame"))
 } | {(path.parent.name, path.stem): [path] for path in sorted(GOLDEN.glob("v*/keyframe-*.frame"))}
 MAX_BYTES = 1 << 25
 
@@ -72,7 +73,7 @@ def test_golden_frames_decode_to_the_same_bits_for_ever(chain: tuple[str, str]) 
         assert_is(raw_of(reference), path)
 
 
-@pytest.mark.parametrize("chain", [chain for chain in CHAINS if chain[0] == "v2"], ids="/".join)
+@pytest.mark.parametrize("chain", CHAINS, ids="/".join)
 def test_a_decoder_written_from_the_specification_alone_yields_the_same_bits(chain: tuple[str, str]) -> None:
     decoded = None
     for path in CHAINS[chain]:
@@ -90,11 +91,12 @@ def test_a_decoder_written_from_the_specification_alone_yields_the_same_bits(cha
         assert_is(raw, path)
 
 
-def test_the_golden_frames_cover_the_format() -> None:
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_the_golden_frames_cover_the_format(version: str) -> None:
     """Every encoding, every dtype, clamping at the edge, a replacement by a wider dtype, more than one segment."""
     entries = [
         entry
-        for path in GOLDEN.glob("v2/*.frame")
+        for path in GOLDEN.glob(f"{version}/*.frame")
         for entry in read_header(memoryview(path.read_bytes()), max_bytes=MAX_BYTES).entries
     ]
     assert {entry.encoding for entry in entries} == {"exact", "int8", "lossless", "same", *ALPHABETS}
@@ -112,8 +114,22 @@ def test_the_golden_frames_cover_the_format() -> None:
             for entry in read_header(memoryview(path.read_bytes()), max_bytes=MAX_BYTES).entries
             if entry.name == "grows"
         )
-        for path in CHAINS["v2", "chain"]
+        for path in CHAINS[version, "chain"]
     ]
     assert wire_dtypes[0] == torch.float16 and wire_dtypes[-1] == torch.float32
-    edges = [expected_of(path)[1]["edge"] for path in CHAINS["v2", "chain"]]
+    edges = [expected_of(path)[1]["edge"] for path in CHAINS[version, "chain"]]
     assert any(bool((edge == 65504).any()) for edge in edges)
+
+
+def test_the_golden_frames_of_version_3_join_tensors_in_every_encoding_and_fill_bundles() -> None:
+    bundles = [
+        read_header(memoryview(path.read_bytes()), max_bytes=MAX_BYTES).bundles
+        for path in sorted(GOLDEN.glob("v3/*.frame"))
+    ]
+    joined = {bundle.encoding for frame in bundles for bundle in frame if len(bundle.members) > 1}
+    assert joined == {"exact", "lossless", *ALPHABETS}
+    kinds = [
+        [(bundle.encoding, bundle.whole.wire_dtype) for bundle in frame if len(bundle.members) > 1]
+        for frame in bundles
+    ]
+    assert any(len(frame) > len(set(frame)) for frame in kinds)

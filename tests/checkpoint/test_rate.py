@@ -42,6 +42,12 @@ def test_a_stricter_target_is_met_by_more_bits(target_error):
     assert looser.num_bytes < plan.num_bytes
 
 
+@pytest.mark.parametrize("name", ["adaptive", "ternary", "3-bit", "4-bit"])
+def test_no_frame_is_much_finer_than_its_target(name):
+    plan = plan_for(*make_pair(0.2), delta=name, target_error=0.1)
+    assert 0.097 < plan.error <= 0.1
+
+
 def test_a_small_change_is_followed_though_the_target_is_met_without():
     plan = plan_for(*make_pair(0.01), target_error=0.1)
     assert plan.left_share <= MAX_LEFT_SHARE

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from p2pcodistill.checkpoint import reference as module
+from p2pcodistill.checkpoint import scan
 from p2pcodistill.checkpoint.reference import Reference, checksum_tensors, num_fp16_bytes, raw_bytes
 from p2pcodistill.checkpoint.snapshot import take_snapshot
 
@@ -44,7 +44,7 @@ def test_the_checksum_of_large_tensors_and_of_views_is_the_same(monkeypatch: pyt
     expected = slow_checksum(content.numpy().tobytes())
     assert checksum_tensors([content]) == expected
     assert checksum_tensors([torch.cat([torch.zeros(3, dtype=torch.uint8), content])[3:]]) == expected
-    monkeypatch.setattr(module, "_CHUNK_WORDS", 7 * 128)
+    monkeypatch.setattr(scan, "_CHUNK_BYTES", 7 * 1024)
     assert checksum_tensors([content]) == expected
 
 

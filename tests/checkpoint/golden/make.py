@@ -1,7 +1,7 @@
 """Write the golden files of the current format version, once: `python tests/checkpoint/golden/make.py`.
 
 For every frame NAME.frame there is NAME.safetensors with what it decodes to, bit for bit. A dtype that safetensors lacks is
-there as bytes, a tensor of megabytes by its SHA-256 only; the metadata has every tensor's dtypes and shape.
+there as bytes, a large tensor by its SHA-256 only; the metadata has every tensor's dtypes and shape.
 Golden files are never made anew: frames that were sent once must decode for ever. A new format version gets a new folder.
 """
 
@@ -17,14 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from p2pcodistill.checkpoint.encoder import FrameEncoder, encode_reference_keyframe
-from p2pcodistill.checkpoint.frames import FORMAT_VERSION, SAME, FrameWriter
+from p2pcodistill.checkpoint.entries import SAME
+from p2pcodistill.checkpoint.frames import FORMAT_VERSION, FrameWriter
 from p2pcodistill.checkpoint.rate import RateControl
 from p2pcodistill.checkpoint.reference import Reference, raw_bytes
 from p2pcodistill.checkpoint.snapshot import Snapshot, dtype_name
 from p2pcodistill.config import FramesConfig
 
 FOLDER = Path(__file__).parent / f"v{FORMAT_VERSION}"
-MAX_KEPT_BYTES = 1 << 20
+MAX_KEPT_BYTES = 1 << 16
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
     torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz,
@@ -42,6 +43,7 @@ def main() -> None:
         write(f"keyframe-{precision}", encoder, model(step=0))
     write_chain()
     write_large()
+    write_full()
 
 
 def write(name: str, encoder: FrameEncoder, snapshot: Snapshot) -> None:
@@ -105,10 +107,11 @@ def model(step: int) -> Snapshot:
         "scalar": torch.tensor(0.1 * step),
         "running_mean": randn(2, 8, seed=6 + step // 30),
         "num_batches": torch.tensor(step),
+        "num_samples": torch.tensor([32 * step, step]),
         "mask": torch.tensor([[True, False, True], [False, False, True]]),
         "empty": torch.empty(0, 3),
     }
-    buffers = frozenset({"running_mean", "num_batches", "mask"})
+    buffers = frozenset({"running_mean", "num_batches", "num_samples", "mask"})
     return Snapshot(step, tensors, {"head": "embedding"}, buffers)
 
 
@@ -148,6 +151,24 @@ def write_large() -> None:
             switch(encoder, FramesConfig(delta=delta))
         snapshot = Snapshot(index, {"weights": weights, "ids": ids}, {}, frozenset({"ids"}))
         write(f"large-{index}-{delta}", encoder, snapshot)
+
+
+def write_full() -> None:
+    """More small tensors than are joined in one bundle, and others among them, in frames that are small all the same."""
+    encoder = FrameEncoder(FramesConfig())
+    for index, delta in enumerate(["keyframe", "ternary", "lossless"]):
+        tensors: dict[str, Tensor] = {}
+        for layer in range(8):
+            for name, shape in (("weight", (449, 446)), ("bias", (2, 3))):
+                tensors[f"{layer}.{name}"] = torch.full(shape, 0.5)
+                tensors[f"{layer}.{name}"][-1, layer % 3] += 0.25 * index
+            tensors[f"{layer}.table"] = torch.zeros((1 << 16) - (layer > 0), dtype=torch.int32)
+            tensors[f"{layer}.table"][-1] = index
+        tensors |= {"large": torch.zeros(512, 512), "last": torch.full((3, 3), 0.125 * index)}
+        tensors["large"][index] = 0.25
+        if index:
+            switch(encoder, FramesConfig(delta=delta))
+        write(f"full-{index}-{delta}", encoder, Snapshot(index, tensors, {}))
 
 
 def switch(encoder: FrameEncoder, config: FramesConfig) -> None:
