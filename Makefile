@@ -12,7 +12,7 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 ARGS ?=
 
-.PHONY: demo test fuzz check bench bench-peers clean help
+.PHONY: demo test fuzz soak check bench bench-peers clean help
 
 demo: $(READY) ## two sites codistil on real text, live; ends with a table and a report
 	$(BIN)/p2pcodistill simulate simulations/pair.toml $(ARGS)
@@ -22,6 +22,9 @@ test: $(READY) ## the whole test suite
 
 fuzz: $(READY) ## a million mutated frames (ARGS="--num 50000 --seed 7" for others)
 	$(BIN)/python tests/fuzz_frames.py $(ARGS)
+
+soak: $(READY) ## 100 kill -9 in a ring of four, then an hour of exchanges (ARGS="--kills 10 --minutes 5" for others)
+	$(BIN)/python tests/soak.py $(ARGS)
 
 check: $(READY) ## format, lint, types, layers
 	$(BIN)/ruff format --check .

@@ -5,7 +5,13 @@ import sys
 
 BENCHMARKS = (
     "node_start",
+    "goodput",
+    "wan_goodput",
+    "resent",
+    "cap",
+    "idle",
     "exchange_overhead",
+    "virtual_1000",
     "codec_speed",
     "exchange_100m",
     "exchange_vs_hivemind",

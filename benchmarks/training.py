@@ -159,14 +159,19 @@ class _Student:
         self._state: Any = None
         self._step = 0
         self.result = SiteResult()
-        exchange, teachers = None, {}
+        exchange, teachers = None, dict[str, float]()
         if run.frames is not None:
             teachers = {other: 1.0 for other in SITES if other != site}
             inner = board.exchange(site, list(teachers), frames=run.frames, on_event=self._count)
             exchange = _Tap(inner, lambda snapshot: on_snapshot(site, snapshot), self._judge)
         config = codistillation_config(run)
         self._codistiller = Codistiller(
-            self._model, config, exchange=exchange, teachers=teachers, forward=self._task.forward
+            self._model,
+            config,
+            exchange=exchange,
+            teachers=[teachers],
+            forward=self._task.forward,
+            criterion=self._task.loss,
         )
 
     def update(self) -> None:
@@ -174,7 +179,7 @@ class _Student:
         inputs, targets = self._task.next_batch()
         with torch.autocast("cpu", torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             logits, state = self._task.forward(self._model, inputs, self._state)
-            loss = self._task.loss(logits, targets) + self._codistiller.loss(logits, inputs)
+            loss = self._task.loss(logits, targets) + self._codistiller.loss(logits, inputs, targets)
         self._optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_gradient_norm)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from p2pcodistill.checkpoint.store import FrameStore, StoredFrame
 from p2pcodistill.errors import OversizedError, RefusedError
 from p2pcodistill.gossip import protocol as gossip
-from p2pcodistill.gossip.messages import Chunk, Gone, encode_message, lane_of
-from p2pcodistill.group.link import ChainBroken, FrameOffer, FrameOffered, KeyframeWanted, NodeLink
+from p2pcodistill.group.link import (
+    ChainBroken,
+    FrameOffer,
+    FrameOffered,
+    KeyframeWanted,
+    NodeLink,
+    VersionKnown,
+)
 from p2pcodistill.publisher import Publisher
 from p2pcodistill.runfolder import is_full_disk
-from p2pcodistill.telemetry import EventLog, Refused
+from p2pcodistill.telemetry import EventLog, Refused, VersionAnnounced
 from p2pcodistill.transport.base import Transport
 from p2pcodistill.transport.refusals import RefusalLog
 
@@ -22,7 +28,7 @@ _NUM_OFFERS_KEPT = 2
 
 
 class Performer:
-    """Performs one action at a time and says what follows from it. Also knows what the ranks are offered of `teachers`."""
+    """Performs one action at a time and says what follows from it. Also knows what the ranks are told of `teachers`."""
 
     def __init__(
         self,
@@ -34,10 +40,14 @@ class Performer:
         publisher: Publisher,
         events: EventLog,
         refusals: RefusalLog,
+        serve: Callable[[str, str, int], None],
     ) -> None:
+        """`serve` is called for each chunk of a frame that a peer wants: with peer, frame id and index."""
         self._store, self._transport, self._link = store, transport, link
         self._publisher, self._events, self._refusals = publisher, events, refusals
+        self._serve = serve
         self._offered: dict[str, list[tuple[StoredFrame, ...]]] = {teacher: [] for teacher in teachers}
+        self._known: dict[str, VersionKnown] = {}
         for teacher in teachers:
             self._extend(teacher)
 
@@ -72,11 +82,7 @@ class Performer:
             case gossip.AbandonFrame(frame_id):
                 self._store.abandon(frame_id)
             case gossip.ServeChunk(peer, frame_id, index):
-                served = self._store.read_chunk(frame_id, index)
-                answer = Gone(frame_id) if served is None else Chunk(frame_id, index, served)
-                self._transport.send(peer, lane_of(answer), encode_message(answer))
-                await asyncio.sleep(0)  # a want may ask for many
-                return [gossip.FrameLost(frame_id)] if served is None else []
+                self._serve(peer, frame_id, index)
             case gossip.PinSchema(origin, schema_hash):
                 self._store.pin_schema(origin, schema_hash)
             case gossip.RaiseIncarnation(incarnation):
@@ -90,12 +96,17 @@ class Performer:
                 if chain := self._extend(signed.manifest.origin):
                     await self._link.send(FrameOffered(_describe(chain)))
             case gossip.DropChain(origin):
-                self._offered[origin].clear()
+                if origin in self._offered:  # or it was relayed
+                    self._offered[origin].clear()
                 self._store.drop(origin)
             case gossip.Report(Refused() as refused):
                 self._refusals.note(refused.peer, refused.reason, refused.why, time.monotonic())
             case gossip.Report(event):
                 self._events.write(event)
+                if isinstance(event, VersionAnnounced) and event.origin in self._offered:
+                    known = VersionKnown(event.origin, event.incarnation, event.step)
+                    self._known[event.origin] = known
+                    await self._link.send(known)
         return []
 
     # --- what the ranks are offered --------------------------------------------------------------------------------
@@ -103,6 +114,10 @@ class Performer:
     def offers(self) -> tuple[FrameOffer, ...]:
         """The newest checkpoint of each teacher, for ranks that have just joined."""
         return tuple(_describe(chains[-1]) for chains in self._offered.values() if chains)
+
+    def known(self) -> tuple[VersionKnown, ...]:
+        """The newest version that each teacher has announced since the node started, as far as it has."""
+        return tuple(self._known.values())
 
     def frames_on_offer(self) -> set[str]:
         """The ids of frames that the ranks may be about to read."""

@@ -7,6 +7,7 @@ Exit status: 0 finished; 2 something the user can mend (one line on standard err
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ first steps:
   p2pcodistill simulate simulations/pair.toml     two sites on this machine, ends with a report
   p2pcodistill keygen berlin                      an identity for the site 'berlin'
   p2pcodistill node nodes/two-sites/berlin.toml   run the site
+  p2pcodistill topology ring:8                    what a graph means for a run, before there is one
 """
 _NODE_EPILOG = """\
 examples:
@@ -39,6 +41,29 @@ examples:
 
 The first Ctrl-C lets the workers agree on a step, checkpoint and exit; a second one stops at once. The same
 command again goes on from the last training checkpoint.
+"""
+_TOPOLOGY_EPILOG = """\
+what SPEC can be:
+  pair  ring:8  full:4  star:5  line:4  torus:4x4  hypercube:4  tree:2,3 (branching, height)
+  exponential:16             site i teaches i+1, i+2, i+4, ... (one way)
+  random-regular:16,3[,SEED] every site has 3 neighbours
+  small-world:20,4,0.1[,SEED]  a ring with 4 neighbours each, a tenth of the edges rewired
+  graph.json                 a file: edge list, GraphML, GML or node-link JSON, see topologies/
+ over time, by the exchanges that a site has made:
+  one-peer-exponential       exchange k: site i teaches i + 2^k
+  random-matching[:SEED[,MATCHINGS]]  sites in pairs; so many matchings in turn (default 1024)
+  alternating:ring,full      graphs in turn
+  files:a.json,b.json        files in turn
+Without a number, a graph takes the members of the run: here -n 8, or --members berlin,tokyo.
+
+what the figures mean:
+  knowledge is taken to move one edge per exchange. Spectral gap: 1 - |lambda_2| of the mixing matrix, with Metropolis
+  weights where all edges go both ways, else each site and its teachers equally; of a schedule, the mean per exchange.
+  A site fetches from all teachers that the schedule ever gives it, each at every exchange.
+
+examples:
+  p2pcodistill topology torus:4x4 --draw torus.png
+  p2pcodistill topology topologies/three-continents.json --parameters 1.3e9 --exchange-interval-s 600
 """
 _DECODE_EPILOG = """\
 examples:
@@ -55,9 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_ERROR_STATUS
     try:
         status: int = options.call(options)
+        sys.stdout.flush()
     except UserError as error:
         print(f"p2pcodistill: {error}", file=sys.stderr)
         return USER_ERROR_STATUS
+    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # else the interpreter complains of the same when it exits
+        return 128 + signal.SIGPIPE
     except (
         OSError
     ) as error:  # a folder in place of a file, a full disk, a permission: the system says what and where
@@ -106,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         "(NAME=#PUBLIC-IDENTITY for one that dials this site)",
     )
     node.add_argument("--identity", metavar="FILE", help="the identity file (default: NAME.key)")
-    node.add_argument("--topology", metavar="GRAPH", help="pair, ring, full, or a graph file")
+    node.add_argument("--topology", metavar="SPEC", help="who teaches whom, see p2pcodistill topology --help")
     node.add_argument("--task", metavar="TASK", help="what to train: language-model")
     node.add_argument("--data", metavar="PATH", nargs="+", help="files or folders of text to train on")
     node.add_argument("--run", metavar="RUN", help="name of the run; all its nodes use the same")
@@ -127,6 +157,42 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--runs", metavar="FOLDER", type=Path, default=Path("runs"), help="default: runs")
     _add_set(simulate)
     simulate.set_defaults(call=_simulate)
+
+    topology = commands.add_parser(
+        "topology",
+        help="what a graph or schedule means for a run: spread, bytes, compute; and its picture",
+        description="Print how fast knowledge spreads in a graph of sites, and what it costs each site.",
+        epilog=_TOPOLOGY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    topology.add_argument("spec", metavar="SPEC", help="a graph or schedule, by name or file (see below)")
+    sites = topology.add_mutually_exclusive_group()
+    sites.add_argument("-n", dest="num_sites", metavar="SITES", type=int, help="for so many sites")
+    sites.add_argument("--members", metavar="A,B,...", help="for these sites, in the order of the run")
+    topology.add_argument(
+        "--parameters", metavar="NUMBER", type=float, default=100e6, help="of the model (default: 100e6)"
+    )
+    density = topology.add_mutually_exclusive_group()
+    density.add_argument(
+        "--codec",
+        choices=("fp32", "fp16", "keyframes", "adaptive"),
+        default="adaptive",
+        help="how checkpoints travel: raw, fp16 keyframes only (frames.delta = off), or a keyframe and adaptive delta "
+        "frames (the default), as measured",
+    )
+    density.add_argument("--bits", metavar="BITS", type=float, help="a weight, instead of a codec's")
+    topology.add_argument(
+        "--step-s", metavar="S", type=float, default=0.1, help="a training step (default: 0.1)"
+    )
+    topology.add_argument(
+        "--exchange-interval-steps", metavar="STEPS", type=int, default=50, help="default: 50"
+    )
+    topology.add_argument(
+        "--exchange-interval-s", metavar="S", type=float, help="default: that many steps of --step-s"
+    )
+    topology.add_argument("--draw", metavar="FILE", type=Path, help="draw it into a .png, .svg or .pdf file")
+    topology.add_argument("--json", action="store_true", help="print one JSON object")
+    topology.set_defaults(call=_topology)
 
     frame = commands.add_parser(
         "frame",
@@ -272,6 +338,27 @@ def _simulate(options: argparse.Namespace) -> int:
 
     return simulate(
         options.file, data=options.data or (), overrides=options.set, run_root=options.runs, stream=sys.stdout
+    )
+
+
+def _topology(options: argparse.Namespace) -> int:
+    from p2pcodistill.topology.description import CODEC_BITS, Assumptions, describe
+
+    assumptions = Assumptions(
+        num_parameters=options.parameters,
+        bits=CODEC_BITS[options.codec] if options.bits is None else options.bits,
+        step_s=options.step_s,
+        exchange_interval_steps=options.exchange_interval_steps,
+        exchange_interval_s=options.exchange_interval_s,
+    )
+    return describe(
+        options.spec,
+        members=None if options.members is None else options.members.split(","),
+        num_sites=options.num_sites,
+        assumptions=assumptions,
+        picture=options.draw,
+        as_json=options.json,
+        stream=sys.stdout,
     )
 
 

@@ -8,6 +8,7 @@ site's file (`nodes/`), `GroupSpec` is what a node writes for its ranks; the sce
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import tomllib
 import typing
@@ -75,6 +76,14 @@ class CodistillationConfig(StrictModel):
     """How a teacher's weights are kept in memory, apart from how they travel; `float32`: in the student's own dtypes."""
     teacher_average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Publish a moving average of the student with this decay a step (0.98: of some 50 steps); 0: the student as it is."""
+    gate_margin: NonNegativeFloat = 1.0
+    """A teacher whose loss on local batches is above the student's by more (in nats) does not teach until it recovers; 0: no gate."""
+    max_staleness_steps: PositiveInt | None = None
+    """A teacher more steps than this behind the newest version that it has announced does not teach; none: no limit."""
+    max_age_s: PositiveFloat | None = None
+    """A teacher whose version was announced here longer ago than this does not teach; none: no limit."""
+    age_half_life_s: PositiveFloat | None = None
+    """A teacher's weight, relative to the other teachers', halves with each such age; none: age does not count."""
 
 
 class FramesConfig(StrictModel):
@@ -117,6 +126,16 @@ class TrainingConfig(StrictModel):
     """Steps between two training checkpoints, from which a restarted group goes on."""
     report_interval_steps: PositiveInt = 10
     """Steps between two `step-measured` events."""
+
+    def of_site(self, name: str) -> TrainingConfig:
+        """The same for one site: its seed is made of the run's and of the site's name.
+
+        Codistillation needs sites that start from different models (Anil et al. 2018, section 2).
+        """
+        text = f"p2pcodistill-seed/{self.seed}/{name}"
+        # 31 bits; hashed, because ranks count up from it.
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+        return self.model_copy(update={"seed": seed})
 
 
 class LanguageModelConfig(StrictModel):
@@ -179,6 +198,8 @@ class PeerConfig(StrictModel):
     """The line that `p2pcodistill keygen` printed at the peer's site."""
     address: str | None = None
     """Where the peer listens, `tcp://host:port`; leave it out for a peer that dials us (behind NAT)."""
+    max_upload_mbit: PositiveFloat | None = None
+    """Send at most so many megabits a second to this peer; none: as much as the link takes."""
 
     @property
     def identity(self) -> PublicIdentity:
@@ -200,13 +221,21 @@ class NodeConfig(StrictModel):
     run_folder: Path | None = None
     """Everything of this run at this site; `runs/<run>-<name>` by default."""
     topology: str = "pair"
-    """`pair`, `ring`, `full` or a graph file."""
+    """Who teaches whom: a name such as `ring`, a graph file, or a schedule; see `p2pcodistill topology --help`."""
     peers: tuple[PeerConfig, ...] = ()
     """The other members, each a table `[[peers]]`; none for a site alone."""
     members: tuple[SiteName, ...] = ()
-    """All sites in the order that every node uses; sorted by name by default. Matters for `ring`."""
+    """All sites in the order that every node uses; sorted by name by default. Named topologies place them so."""
+    relays: tuple[SiteName, ...] = ()
+    """Members to connect to besides neighbours: they pass on what cannot travel directly (two sites behind NAT)."""
+    relay: bool = True
+    """Whether this site passes checkpoints on between two members that cannot connect and ask it to."""
+    revoked: tuple[SiteName, ...] = ()
+    """Members whose key this site no longer trusts: refused, and nobody waits for them. Can be changed while the node runs."""
     max_frame_bytes: PositiveInt = 4 << 30
     """Refuse a teacher's checkpoint that is larger than this on the wire."""
+    max_upload_mbit: PositiveFloat | None = None
+    """Send at most so many megabits a second to all peers together, shared fairly; none: as much as the links take."""
     linger_s: NonNegativeFloat = 600.0
     """How long a finished site serves its last checkpoint to neighbours that have not finished."""
     group: GroupConfig = GroupConfig()
@@ -224,6 +253,16 @@ class NodeConfig(StrictModel):
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"the peer {name!r} is listed twice")
+        for name in self.relays:
+            if name not in names:
+                raise ConfigError(
+                    f"the relay {name!r} is none of this site's peers: {', '.join(names) or 'none'}"
+                )
+        for name in self.revoked:
+            if name not in names:
+                raise ConfigError(
+                    f"the revoked member {name!r} is none of this site's peers: {', '.join(names) or 'none'}"
+                )
         everyone = sorted([self.name, *names])
         if self.members and sorted(self.members) != everyone:
             raise ConfigError(
@@ -248,8 +287,9 @@ class GroupSpec(StrictModel):
     """Where the reference loop writes the final model (safetensors)."""
     error_path: Path
     """Where a rank writes the one line about what only the user can mend, before it gives up."""
-    teachers: dict[str, float]
-    """Weight of each teacher, by name."""
+    teachers: Annotated[tuple[dict[str, float], ...], Field(min_length=1)]
+    """The weights of this site's teachers: one table for each exchange of this site, used in turn; a single one for a graph
+    that stays."""
     num_students: NonNegativeInt
     """How many sites learn from this one; with none, nothing is published."""
     shard_index: NonNegativeInt

@@ -102,7 +102,31 @@ class HelloMismatchError(RefusedError):
     reason = "hello-mismatch"
 
 
+class UnresolvedError(RefusedError):
+    """A peer's host name that does not resolve to an address."""
+
+    reason = "unresolved"
+
+
 class UnknownPeerError(RefusedError):
     """A key that is not on the allow-list, or a message about someone who is not a neighbour."""
 
     reason = "unknown-peer"
+
+
+class QuarantinedError(RefusedError):
+    """A peer that has sent too much that was refused is not listened to for a while."""
+
+    reason = "quarantined"
+
+
+class RevokedError(RefusedError):
+    """A member whose key is no longer trusted at this site."""
+
+    reason = "revoked"
+
+
+class FloodedError(RefusedError):
+    """A peer sends more messages than any honest one has to say."""
+
+    reason = "flooding"

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import secrets
 import time
@@ -34,6 +33,7 @@ from p2pcodistill.group.link import (
     FrameReady,
     Joined,
     Left,
+    LinksMeasured,
     NodeLink,
     ReferenceReady,
     StopRequested,
@@ -41,6 +41,7 @@ from p2pcodistill.group.link import (
 )
 from p2pcodistill.group.supervise import StopSwitch, Supervisor, first_of
 from p2pcodistill.identity import Identity, PublicIdentity
+from p2pcodistill.links import LinkMeter
 from p2pcodistill.publisher import Publisher
 from p2pcodistill.runfolder import RunFolder, is_full_disk
 from p2pcodistill.telemetry import (
@@ -51,13 +52,16 @@ from p2pcodistill.telemetry import (
     Refused,
     TrafficMeasured,
 )
-from p2pcodistill.topology import build_topology
+from p2pcodistill.topology.build import build_topology
 from p2pcodistill.transport.base import Closed, Opened, Received, Rejected
 from p2pcodistill.transport.refusals import RefusalLog
+from p2pcodistill.transport.shaper import UploadCaps
 from p2pcodistill.transport.zeromq import PeerEndpoint, ZeroMQTransport
+from p2pcodistill.uploads import Uploads
 
 TICK_S = 1.0
 REFUSAL_INTERVAL_S = 1.0
+LINK_INTERVAL_S = 5.0
 LAST_WORDS_TIMEOUT_S = 20.0
 MIN_TRAFFIC_BYTES = 4096
 
@@ -83,12 +87,14 @@ class Node:
         self._topology = build_topology(config.topology, members, base_folder=base_folder)
         keys = {peer.name: peer.identity for peer in config.peers} | {config.name: self._identity.public}
         self._keys: dict[str, PublicIdentity] = {member: keys[member] for member in members}
-        self._teachers = self._topology.teachers_of[config.name]
+        self._teachers = self._topology.teachers_of(config.name)
         self._neighbours = self._topology.neighbours_of(config.name)
+        self._others = [name for name in members if name != config.name and name not in self._teachers]
+        # Any member may need a relay here; neighbours and this site's own relays are dialled.
+        dialled = (*self._neighbours, *config.relays)
         endpoints = {
-            peer.name: PeerEndpoint(peer.identity, peer.address)
+            peer.name: PeerEndpoint(peer.identity, peer.address if peer.name in dialled else None)
             for peer in config.peers
-            if peer.name in self._neighbours
         }
         self._transport = ZeroMQTransport(self._identity, config.listen, endpoints)
         folder = base_folder / (config.run_folder or f"runs/{config.run}-{config.name}")
@@ -103,7 +109,7 @@ class Node:
             site=config.name,
             run=config.run,
             members=self._keys,
-            teachers=tuple(self._teachers),
+            teachers=self._teachers,
             students=self._topology.students_of(config.name),
             members_digest=gossip.members_digest(self._keys),
             topology_digest=self._topology.digest,
@@ -112,9 +118,24 @@ class Node:
             own_frames=[stored.signed for stored in self._store.frames(config.name)],
             pinned_schemas={m: pin for m in members if (pin := self._store.pinned_schema(m)) is not None},
             max_frame_bytes=config.max_frame_bytes,
+            students_of={member: self._topology.students_of(member) for member in members},
+            chains={
+                name: [stored.signed for stored in self._store.frames(name) if not stored.is_local]
+                for name in self._teachers
+            },
+            relay=config.relay,
         )
         self._gossip_lock = asyncio.Lock()
         self._refusals = RefusalLog(self._report_refusal, REFUSAL_INTERVAL_S)
+        caps = UploadCaps.of(config)
+        self._uploads = Uploads(self._store, self._transport, self._refusals, self._lose_frame, caps)
+        self._links = LinkMeter(
+            self._topology.students_of(config.name),
+            caps,
+            self._transport.traffic,
+            lambda: self._gossip.links,
+            self._uploads.num_waiting_bytes,
+        )
         self._publisher = Publisher(
             config.name,
             config.run,
@@ -125,6 +146,7 @@ class Node:
             gossip_lock=self._gossip_lock,
             announce=lambda signed: self._feed_locked(gossip.FramePublished(signed)),
             answer=self._link.send,
+            chunk_bytes=self._links.chunk_bytes,
         )
         self._performer = Performer(
             self._teachers,
@@ -134,11 +156,13 @@ class Node:
             publisher=self._publisher,
             events=self._events,
             refusals=self._refusals,
+            serve=self._uploads.serve,
         )
         self._ranks_left = asyncio.Event()
         self._gossip_moved = asyncio.Event()
         self._stop = StopSwitch(self._events)
         self._num_bytes_reported = 0
+        self._links_reported_s = 0.0
 
     def _describe(self) -> dict[str, object]:
         """What must be the same whenever this run goes on in its folder: all that training depends on."""
@@ -184,6 +208,7 @@ class Node:
                 with contextlib.suppress(OSError):  # a full disk is told by the error that ended the tasks
                     self._refusals.flush(float("inf"))
                     self._report_traffic()
+                    self._write_links()
                     self._events.write(NodeStopped(site=self._config.name, reason=outcome.reason))
                 await self._transport.close()
                 self._link.close()
@@ -196,7 +221,13 @@ class Node:
         async with asyncio.TaskGroup() as tasks:
             pumps = [
                 tasks.create_task(pump(), name=pump.__qualname__)
-                for pump in (self._pump_transport, self._pump_link, self._pump_ticks, self._publisher.run)
+                for pump in (
+                    self._pump_transport,
+                    self._pump_link,
+                    self._pump_ticks,
+                    self._publisher.run,
+                    self._uploads.run,
+                )
             ]
             outcome = await self._supervise(link_address)
             for pump in pumps:
@@ -250,22 +281,16 @@ class Node:
             training_folder=self._folder.training,
             model_path=self._folder.model,
             error_path=self._folder.group_error,
-            teachers=self._teachers,
+            teachers=tuple(dict(table) for table in self._topology.schedule_of(self._config.name)),
             num_students=len(self._topology.students_of(self._config.name)),
             shard_index=members.index(self._config.name),
             num_shards=len(members),
             group=self._group_config,
             task=self._task,
-            # Codistillation needs sites that start from different models (Anil et al. 2018, section 2).
-            training=self._config.training.model_copy(update={"seed": self._site_seed()}),
+            training=self._config.training.of_site(self._config.name),
             codistillation=self._config.codistillation,
             frames=self._config.frames,
         )
-
-    def _site_seed(self) -> int:
-        """31 bits of the run's seed and this site's name; hashed, because ranks count up from it."""
-        text = f"p2pcodistill-seed/{self._config.training.seed}/{self._config.name}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
     async def _ask_ranks_to_stop(self) -> bool:
         """Ask the ranks to agree on a step, checkpoint and exit; False when none has joined, so that nothing is lost."""
@@ -290,6 +315,8 @@ class Node:
                 case Opened(peer):
                     await self._feed(gossip.PeerOpened(peer))
                 case Closed(peer, why):
+                    self._uploads.forget(peer)
+                    self._links.lose(peer)
                     await self._feed(gossip.PeerClosed(peer, why))
                 case Received(peer, _, payload):
                     await self._feed(gossip.PayloadReceived(peer, payload))
@@ -302,8 +329,13 @@ class Node:
             await self._feed(gossip.Ticked())
             self._refusals.flush(time.monotonic())
             self._report_traffic()
+            await self._report_links()
             in_use = self._gossip.frames_in_use(time.monotonic()) | self._performer.frames_on_offer()
-            self._store.prune(keep_frame_ids=in_use)
+            for frame_id in self._store.prune(keep_frame_ids=in_use, relayed_origins=self._others):
+                await self._feed(gossip.FrameLost(frame_id))
+
+    async def _lose_frame(self, frame_id: str) -> None:
+        await self._feed(gossip.FrameLost(frame_id))
 
     async def _feed(self, event: gossip.Event) -> None:
         """Hand one event to gossip and do what it decides, including what follows from that."""
@@ -328,7 +360,7 @@ class Node:
                 continue
             match message:
                 case Joined():
-                    await self._link.send(Welcome(self._performer.offers()))
+                    await self._link.send(Welcome(self._performer.offers(), self._performer.known()))
                     if self._stop.requested.is_set():
                         await self._link.send(StopRequested())
                 case EventHappened(record):
@@ -342,6 +374,20 @@ class Node:
 
     def _report_refusal(self, rejected: Rejected) -> None:
         self._events.write(Refused(rejected.peer, rejected.reason, rejected.why, rejected.num_times))
+
+    async def _report_links(self) -> None:
+        """Tell the event log of links that moved something, and rank 0 how much its frames may count on."""
+        if time.monotonic() - self._links_reported_s < LINK_INTERVAL_S:
+            return
+        self._links_reported_s = time.monotonic()
+        self._write_links()
+        rate_bytes_s = self._links.shared_rate_bytes_s()
+        if rate_bytes_s is not None:
+            await self._link.send(LinksMeasured(rate_bytes_s))
+
+    def _write_links(self) -> None:
+        for measured in self._links.measure():
+            self._events.write(measured)
 
     def _report_traffic(self) -> None:
         """Write what has moved since the last time, if it is more than signs of life."""

@@ -15,11 +15,11 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from p2pcodistill.checkpoint.chain import worth_keeping
 from p2pcodistill.checkpoint.manifest import (
-    DEFAULT_CHUNK_BYTES,
     Manifest,
     SignedManifest,
     Version,
@@ -34,10 +34,19 @@ from p2pcodistill.runfolder import is_full_disk
 from p2pcodistill.telemetry import EventLog, FramePublished, Refused
 
 
+@dataclass(frozen=True, slots=True)
+class _Chunks:
+    """How a frame is cut: into chunks of so many bytes, with these hashes."""
+
+    num_bytes: int
+    digests: tuple[bytes, ...]
+
+
 class Publisher:
     """This site's own frames. `announce` is called with `gossip_lock` held, right after a frame was stored.
 
-    `answer` tells rank 0 what became of each `FrameReady`.
+    `answer` tells rank 0 what became of each `FrameReady`. `chunk_bytes` maps the size of a frame to that of its
+    chunks.
     """
 
     def __init__(
@@ -52,10 +61,12 @@ class Publisher:
         gossip_lock: asyncio.Lock,
         announce: Callable[[SignedManifest], Awaitable[None]],
         answer: Callable[[FrameTaken], Awaitable[None]],
+        chunk_bytes: Callable[[int], int],
     ) -> None:
         self._site, self._run = site, run
         self._identity, self._store, self._outbox, self._events = identity, store, outbox, events
         self._gossip_lock, self._announce, self._answer = gossip_lock, announce, answer
+        self._chunk_bytes = chunk_bytes
         self._waiting: deque[FrameReady | ReferenceReady] = deque()
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
@@ -119,7 +130,7 @@ class Publisher:
             await self._answer(FrameTaken(ready.step, ready.base_step, accepted))
 
     async def _publish(self, ready: FrameReady, path: Path, launch: int) -> None:
-        digests = await asyncio.to_thread(digest_chunks, path, DEFAULT_CHUNK_BYTES)
+        chunks = await self._split(path)
         async with self._gossip_lock:  # the incarnation stays what it is until the frame is announced
             if launch != self._launch:
                 return
@@ -129,7 +140,7 @@ class Publisher:
                 )
             version = Version(self._store.incarnation, ready.step)
             base = None if ready.base_step is None else self._last
-            signed = self._sign(ready, path, digests, origin=self._site, version=version, base=base)
+            signed = self._sign(ready, path, chunks, origin=self._site, version=version, base=base)
             await asyncio.to_thread(self._store.adopt, signed, path)
             self._last = version
             self._events.write(
@@ -146,13 +157,13 @@ class Publisher:
     async def _keep(self, ready: ReferenceReady, path: Path) -> None:
         """Put a keyframe of a teacher's checkpoint into the store, unless its chain has moved past that one by now."""
         version = Version(ready.incarnation, ready.step)
-        digests = await asyncio.to_thread(digest_chunks, path, DEFAULT_CHUNK_BYTES)
+        chunks = await self._split(path)
         async with self._gossip_lock:  # the chain stays what it is
             chain = () if ready.origin == self._site else self._store.chain(ready.origin)
             if version not in [stored.version for stored in chain]:
                 path.unlink(missing_ok=True)
                 return
-            signed = self._sign(ready, path, digests, origin=ready.origin, version=version, base=None)
+            signed = self._sign(ready, path, chunks, origin=ready.origin, version=version, base=None)
             try:
                 await asyncio.to_thread(self._store.adopt, signed, path)
             except OSError as error:
@@ -160,11 +171,15 @@ class Publisher:
                     raise
                 path.unlink(missing_ok=True)  # the chain itself does for a while
 
+    async def _split(self, path: Path) -> _Chunks:
+        num_bytes = self._chunk_bytes(path.stat().st_size)
+        return _Chunks(num_bytes, await asyncio.to_thread(digest_chunks, path, num_bytes))
+
     def _sign(
         self,
         ready: FrameReady | ReferenceReady,
         path: Path,
-        digests: tuple[bytes, ...],
+        chunks: _Chunks,
         *,
         origin: str,
         version: Version,
@@ -179,8 +194,8 @@ class Publisher:
             schema_hash=ready.schema_hash,
             num_fp16_bytes=ready.num_fp16_bytes,
             num_bytes=path.stat().st_size,
-            chunk_bytes=DEFAULT_CHUNK_BYTES,
-            chunk_digests=digests,
+            chunk_bytes=chunks.num_bytes,
+            chunk_digests=chunks.digests,
         )
         return sign_manifest(manifest, self._identity)
 

@@ -54,6 +54,16 @@ class NodeStarted(Event):
 
 @_event
 @dataclass(frozen=True, slots=True)
+class ConfigReloaded(Event):
+    """The site's file was read again while the node ran: these of its keys took effect, and these wait for a restart."""
+
+    name: ClassVar[str] = "config-reloaded"
+    changed: list[str]
+    needs_restart: list[str]
+
+
+@_event
+@dataclass(frozen=True, slots=True)
 class NodeStopping(Event):
     """A first SIGINT or SIGTERM arrived: the ranks are asked to stop at a step boundary. A second one ends them at once."""
 
@@ -88,6 +98,68 @@ class PeerDisconnected(Event):
     name: ClassVar[str] = "peer-disconnected"
     peer: str
     why: str
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class PeerSuspected(Event):
+    """A neighbour with a session has not answered pings for `silent_s`: others are asked before it."""
+
+    name: ClassVar[str] = "peer-suspected"
+    peer: str
+    silent_s: float
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class PeerRecovered(Event):
+    """A suspected neighbour has spoken again, after `silent_s`."""
+
+    name: ClassVar[str] = "peer-recovered"
+    peer: str
+    silent_s: float
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class PeerQuarantined(Event):
+    """A peer kept sending what was refused, for `reason` in the end: it is not listened to for `duration_s`."""
+
+    name: ClassVar[str] = "peer-quarantined"
+    peer: str
+    reason: str
+    num_refusals: int
+    duration_s: float
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class MemberTrustChanged(Event):
+    """This site's allow-list has changed: `member` is trusted from now on, or not any more."""
+
+    name: ClassVar[str] = "member-trust-changed"
+    member: str
+    is_trusted: bool
+    why: str
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class RelayStarted(Event):
+    """This site fetches frames of `origin`, who does not teach it, for `student`, who cannot connect with it."""
+
+    name: ClassVar[str] = "relay-started"
+    origin: str
+    student: str
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class RelayStopped(Event):
+    """Nobody needs this site to relay `origin` any more."""
+
+    name: ClassVar[str] = "relay-stopped"
+    origin: str
 
 
 @_event
@@ -162,6 +234,24 @@ class TrafficMeasured(Event):
 
 @_event
 @dataclass(frozen=True, slots=True)
+class LinkMeasured(Event):
+    """What the link with a neighbour carried lately, at best, in each direction, and its round trip; None: not measured yet.
+
+    `num_connection_losses` counts sessions that ended since the node started. `queued_bytes` of chunks have been asked of
+    this site and have not reached the peer.
+    """
+
+    name: ClassVar[str] = "link-measured"
+    peer: str
+    upload_mbit: float | None
+    download_mbit: float | None
+    round_trip_ms: float | None
+    num_connection_losses: int
+    queued_bytes: int
+
+
+@_event
+@dataclass(frozen=True, slots=True)
 class GroupStarted(Event):
     """The site's workers were launched; `attempt` counts from 0 within one life of the node."""
 
@@ -227,7 +317,10 @@ class Evaluated(Event):
 @_event
 @dataclass(frozen=True, slots=True)
 class TeacherSwapped(Event):
-    """After `step` updates the group began to learn from this version of `teacher`, the same on every rank."""
+    """After `step` updates this version of `teacher` took the last one's place, the same on every rank.
+
+    The group learns from it from then on, unless it is gated or over a limit.
+    """
 
     name: ClassVar[str] = "teacher-swapped"
     step: int
@@ -247,6 +340,53 @@ class TeacherRefused(Event):
     incarnation: int
     teacher_step: int
     reason: str
+    why: str
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class TeacherGated(Event):
+    """All ranks agree that this version of `teacher` does not teach until it recovers: it is worse than the student.
+
+    Losses are means over the ranks' batches of the last round of agreement; None where they could not be measured.
+    """
+
+    name: ClassVar[str] = "teacher-gated"
+    step: int
+    teacher: str
+    incarnation: int
+    teacher_step: int
+    loss: float | None
+    student_loss: float | None
+    why: str
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class TeacherReadmitted(Event):
+    """A gated teacher has recovered, and teaches again. Losses as in `TeacherGated`."""
+
+    name: ClassVar[str] = "teacher-readmitted"
+    step: int
+    teacher: str
+    incarnation: int
+    teacher_step: int
+    loss: float | None
+    student_loss: float | None
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class TeacherExpired(Event):
+    """This version of `teacher` is over a limit on staleness or age, and does not teach until a newer one comes."""
+
+    name: ClassVar[str] = "teacher-expired"
+    step: int
+    teacher: str
+    incarnation: int
+    teacher_step: int
+    staleness_steps: int
+    age_s: float
     why: str
 
 
@@ -280,6 +420,35 @@ class TrainingEnded(Event):
     finished: bool
     exchange_s: float
     duration_s: float
+
+
+# --- simulations
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class FaultInjected(Event):
+    """A simulation did this to `site`, which had completed `step` steps as far as its events told.
+
+    `kind` is that of the scenario's fault, `factor` how many times slower a slowed site is.
+    """
+
+    name: ClassVar[str] = "fault-injected"
+    site: str
+    kind: str
+    step: int
+    factor: float | None = None
+
+
+@_event
+@dataclass(frozen=True, slots=True)
+class LinkCarried(Event):
+    """What a simulated link between two `sites` carried in all, both directions, and how often it broke a connection."""
+
+    name: ClassVar[str] = "link-carried"
+    sites: list[str]
+    num_bytes: int
+    num_cuts: int
 
 
 # --- records

@@ -8,10 +8,9 @@ from p2pcodistill.actions import Performer
 from p2pcodistill.checkpoint.manifest import Manifest, Version, digest_chunks, sign_manifest
 from p2pcodistill.checkpoint.store import FrameStore
 from p2pcodistill.gossip import protocol as gossip
-from p2pcodistill.gossip.messages import Gone, Lane, decode_message
-from p2pcodistill.group.link import ChainBroken, FrameOffered, KeyframeWanted
+from p2pcodistill.group.link import ChainBroken, FrameOffered, KeyframeWanted, VersionKnown
 from p2pcodistill.identity import Identity
-from p2pcodistill.telemetry import EventLog, PeerConnected, Refused
+from p2pcodistill.telemetry import EventLog, PeerConnected, Refused, VersionAnnounced
 from p2pcodistill.transport.refusals import RefusalLog
 
 BERLIN = Identity.from_secrets(b"\1" * 32, b"\2" * 32)
@@ -83,6 +82,7 @@ class Site:
         self.records = []
         self.events = EventLog(folder / "events.jsonl", self.records.append)
         self.refusals = []
+        self.served = []
         self.renewed = renewed
         self.performer = self.open()
 
@@ -95,6 +95,7 @@ class Site:
             publisher=Renewer(*self.renewed),
             events=self.events,
             refusals=RefusalLog(self.refusals.append, 1.0),
+            serve=lambda *wanted: self.served.append(wanted),
         )
 
     async def fetch(self, step, base_step=None, *, incarnation=1):
@@ -224,15 +225,20 @@ async def test_own_frames_are_renewed_and_keyframes_asked_of_the_ranks(tmp_path)
     site.events.close()
 
 
-async def test_a_frame_that_is_no_longer_there_is_gone(site):
+async def test_what_a_peer_wants_is_left_to_the_uploads(site):
     signed = await site.offer(50)
     assert await site.performer.perform(gossip.ServeChunk("oslo", signed.frame_id, 0)) == []
-    await site.performer.perform(gossip.DropChain("tokyo"))
-    lost = await site.performer.perform(gossip.ServeChunk("oslo", signed.frame_id, 0))
-    assert lost == [gossip.FrameLost(signed.frame_id)]
-    (_, lane, _), (peer, _, payload) = site.outlet.payloads
-    assert (peer, lane) == ("oslo", Lane.BULK)
-    assert decode_message(payload) == Gone(signed.frame_id)
+    assert site.served == [("oslo", signed.frame_id, 0)]
+
+
+async def test_the_ranks_are_told_of_what_teachers_announced_now_and_when_they_join(site):
+    announced = [VersionAnnounced("tokyo", 1, 50, 10), VersionAnnounced("tokyo", 1, 100, 10)]
+    for event in [*announced, VersionAnnounced("oslo", 1, 70, 10)]:  # who is no teacher
+        await site.performer.perform(gossip.Report(event))
+    assert [record["origin"] for record in site.records] == ["tokyo", "tokyo", "oslo"]
+    assert site.outlet.messages == [VersionKnown("tokyo", 1, 50), VersionKnown("tokyo", 1, 100)]
+    assert site.performer.known() == (VersionKnown("tokyo", 1, 100),)
+    assert site.open().known() == ()
 
 
 async def test_reports_go_to_the_log_and_refusals_are_counted_first(site):

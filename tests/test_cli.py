@@ -45,7 +45,16 @@ def folder(tmp_path):
 
 
 def test_help_and_version_are_for_strangers(capsys):
-    commands = ([], ["node"], ["simulate"], ["keygen"], ["frame"], ["frame", "inspect"], ["frame", "decode"])
+    commands = (
+        [],
+        ["node"],
+        ["simulate"],
+        ["keygen"],
+        ["frame"],
+        ["frame", "inspect"],
+        ["frame", "decode"],
+        ["topology"],
+    )
     for arguments in ([*command, "--help"] for command in commands):
         with pytest.raises(SystemExit) as stop:
             main(arguments)

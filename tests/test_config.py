@@ -47,6 +47,12 @@ def test_a_minimal_file_has_the_documented_defaults():
         ({"name": "b", "training": {"num_steps": "3"}}, "training.num_steps: .* got '3'"),
         ({"name": "b", "training": {"num_steps": 0}}, "training.num_steps: .* greater than or equal to 1"),
         ({"name": "b", "training": {"learning_rate": float("inf")}}, "training.learning_rate"),
+        ({"name": "b", "codistillation": {"gate_margin": -0.5}}, "codistillation.gate_margin: .* equal to 0"),
+        ({"name": "b", "codistillation": {"gate_margin": float("inf")}}, "codistillation.gate_margin"),
+        ({"name": "b", "codistillation": {"max_staleness_steps": 0}}, "codistillation.max_staleness_steps"),
+        ({"name": "b", "codistillation": {"max_staleness_step": 9}}, "did you mean 'max_staleness_steps'"),
+        ({"name": "b", "codistillation": {"max_age_s": 0.0}}, "codistillation.max_age_s: .* greater than 0"),
+        ({"name": "b", "codistillation": {"age_half_life_s": -1.0}}, "codistillation.age_half_life_s"),
         (
             {"name": "b", "codistillation": {"loss": "mse"}},
             "codistillation.loss: .*'squared-error', got 'mse'",

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from p2pcodistill.checkpoint.manifest import Version
+from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES, Version
 from p2pcodistill.checkpoint.store import FrameStore
 from p2pcodistill.group.link import FrameReady, ReferenceReady
 from p2pcodistill.identity import Identity
@@ -22,6 +22,7 @@ class Desk:
     """A publisher over a real store; what it announces, answers and reports is kept."""
 
     def __init__(self, folder, **store_options):
+        self.chunk_bytes = MIN_CHUNK_BYTES
         self.outbox = folder / "outbox"
         self.outbox.mkdir(exist_ok=True)
         keys = {"berlin": IDENTITY.public, "tokyo": TOKYO.public}
@@ -44,6 +45,7 @@ class Desk:
             gossip_lock=self.lock,
             announce=self.announce,
             answer=self.answer,
+            chunk_bytes=lambda num_bytes: self.chunk_bytes,
         )
 
     async def announce(self, signed):
@@ -104,6 +106,16 @@ async def test_frames_are_announced_in_order_and_each_is_answered(tmp_path):
         chain = desk.store.chain("berlin")
         assert [stored.signed.manifest.version for stored in chain] == versions
         assert list(desk.outbox.iterdir()) == []
+
+
+async def test_chunks_are_as_large_as_the_links_make_them(tmp_path):
+    async with running(Desk(tmp_path)) as desk:
+        await desk.publish(desk.ready(1, num_bytes=100_000))
+        desk.chunk_bytes = 1 << 16
+        await desk.publish(desk.ready(2, 1, num_bytes=100_000))
+        assert [(m.chunk_bytes, m.num_chunks) for m in desk.announced] == [(MIN_CHUNK_BYTES, 7), (1 << 16, 2)]
+        stored = desk.store.frames("berlin")[-1]
+        assert desk.store.read_chunk(stored.signed.frame_id, 1) == b"\x02" * (100_000 - (1 << 16))
 
 
 async def test_a_keyframe_of_the_same_step_may_follow_a_delta(tmp_path):

@@ -20,6 +20,7 @@ from p2pcodistill.config import (
     parse_model,
 )
 from p2pcodistill.identity import Identity
+from p2pcodistill.topology.build import build_topology
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -84,7 +85,8 @@ def test_the_example_for_a_users_own_loop_runs_as_printed(tmp_path):
 
 
 def test_pictures_and_results_are_there():
-    assert (ROOT / "docs" / "report.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("report.png", "topologies.png"):
+        assert (ROOT / "docs" / picture).read_bytes().startswith(b"\x89PNG")
     assert "exchange_overhead" in (ROOT / "benchmarks" / "RESULTS.md").read_text()
 
 
@@ -93,11 +95,53 @@ def test_the_readme_links_to_files_that_exist():
     assert links and [link for link in links if not (ROOT / link).exists()] == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nodes").rglob("*.toml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "nodes").rglob("*.toml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
 def test_the_node_files_that_users_copy_are_valid(path):
-    table = tomllib.loads(path.read_text())
-    assert table["peers"][0]["public_identity"].startswith("PASTE")
-    table["peers"][0]["public_identity"] = str(Identity.generate().public)
-    config = parse_model(NodeConfig, table, source=path.name)
+    config = read_node_file(path)
     assert config.name == path.stem
-    assert config.ordered_members == ("berlin", "tokyo")
+    assert config.run == path.parent.name
+    assert config.ordered_members == tuple(sorted(other.stem for other in path.parent.glob("*.toml")))
+
+
+def read_node_file(path: Path) -> NodeConfig:
+    """The file as it is once identities are pasted into it."""
+    table = tomllib.loads(path.read_text())
+    for peer in table["peers"]:
+        assert peer["public_identity"] == f"PASTE WHAT 'p2pcodistill keygen {peer['name']}' PRINTED"
+        peer["public_identity"] = str(Identity.generate().public)
+    return parse_model(NodeConfig, table, source=path.name)
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "nodes").glob("*-sites")), ids=lambda p: p.name)
+def test_every_two_neighbours_of_the_node_files_can_connect_and_mean_the_same_graph(folder):
+    configs = {path.stem: read_node_file(path) for path in folder.glob("*.toml")}
+    addresses = {(name, peer.name): peer.address for name, config in configs.items() for peer in config.peers}
+    topologies = [build_topology(config.topology, config.ordered_members) for config in configs.values()]
+    assert len({topology.digest for topology in topologies}) == 1
+    reachable = {peer for (_, peer), address in addresses.items() if address is not None}
+    for name in configs:
+        for neighbour in topologies[0].neighbours_of(name):
+            assert addresses[name, neighbour] or addresses[neighbour, name]
+        for peer in reachable - {name}:
+            port = port_of(configs[peer].listen)
+            assert addresses[name, peer] == f"tcp://{peer}.example:{port}"
+
+
+def port_of(listen: str) -> str:
+    return listen.rpartition(":")[2]
+
+
+def test_of_the_four_sites_one_is_behind_nat_and_can_be_helped_where_a_neighbour_is_too():
+    configs = {path.stem: read_node_file(path) for path in (ROOT / "nodes" / "four-sites").glob("*.toml")}
+    (hidden,) = [
+        name
+        for name in configs
+        if all(peer.address is None for c in configs.values() for peer in c.peers if peer.name == name)
+    ]
+    (relay,) = configs[hidden].relays
+    topology = build_topology(configs[hidden].topology, configs[hidden].ordered_members)
+    assert configs[relay].relay and relay not in topology.neighbours_of(hidden)
+    for neighbour in topology.neighbours_of(hidden):
+        assert relay in topology.neighbours_of(neighbour), "so that it is connected with both"

@@ -94,6 +94,11 @@ class FrameEncoder:
         """Whether the deltas since the last keyframe cost more than one: whoever comes now is better off with a new one."""
         return self._num_delta_bytes > self._num_keyframe_bytes
 
+    def limit(self, num_bytes: int) -> None:
+        """Keep delta frames below this from now on, as far as that is possible, if need be at the cost of their quality."""
+        if self._rate is not None:
+            self._rate.limit_bytes = num_bytes
+
     def restart(self) -> None:
         """Begin a new chain: the next frame is a keyframe."""
         self._reference = None

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgpack
 from blake3 import blake3
@@ -46,8 +46,7 @@ _NUM_FIELDS = 13
 _MAX_NAMES_BYTES = 8 * MAX_NAME_CHARS + 32
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class Version:
+class Version(NamedTuple):
     """Orders the checkpoints of one origin: newest wins, and no wall clock takes part.
 
     `incarnation` is one launch of the origin's workers (the first is 1, each later one is higher), `step` counts the
@@ -79,8 +78,8 @@ class Manifest:
     chunk_digests: tuple[bytes, ...]
 
     def __post_init__(self) -> None:
-        for field, text in (("run", self.run), ("origin", self.origin), ("codec", self.codec)):
-            _check_name(field, text)
+        for name, text in (("run", self.run), ("origin", self.origin), ("codec", self.codec)):
+            _check_name(name, text)
         _check_int("incarnation", self.version.incarnation, 0, MAX_COUNTER)
         _check_int("step", self.version.step, 0, MAX_COUNTER)
         if self.base is not None:

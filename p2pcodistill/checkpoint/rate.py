@@ -1,8 +1,8 @@
 """Rate control: how coarse the next delta frame's codes are, as in a video encoder.
 
 Before a frame is coded, a sample of the differences tells for every alphabet and step what would be left over and what it
-would cost; the encoder takes the cheapest that reaches the quality, or the best that fits the byte budget. What frames
-really cost corrects the estimate of the next.
+would cost; the encoder takes the cheapest that reaches the quality, or the best that fits the byte budget or what the links
+carry. What frames really cost corrects the estimate of the next.
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ class RateControl:
         self._alphabets = [ALPHABETS[name] for name in names]
         self._target_error = config.target_error
         self._budget_bytes = config.exchange_budget_bytes
+        self.limit_bytes: int | None = None
+        """What the links carry for a frame: the quality gives way where it would need more."""
         self._correction = 1.0
 
     def plan(self, samples: Sequence[Sample], num_other_bytes: int) -> Plan:
@@ -98,10 +100,15 @@ class RateControl:
         return self._choose(plans, num_other_bytes)
 
     def _choose(self, plans: Sequence[Plan], num_other_bytes: int) -> Plan:
+        limit = math.inf if self.limit_bytes is None else self.limit_bytes
         if self._budget_bytes is None:
             good = [plan for plan in plans if self._is_good(plan)]
-            return min(good, key=_cost) if good else min(plans, key=_error)
-        budget = (self._budget_bytes - num_other_bytes) / self._correction
+            best = min(good, key=_cost) if good else min(plans, key=_error)
+            if best.num_bytes * self._correction + num_other_bytes <= limit:
+                return best
+        else:
+            limit = min(limit, self._budget_bytes)
+        budget = (limit - num_other_bytes) / self._correction
         good = [plan for plan in plans if plan.num_bytes <= budget]
         if good:
             return min(good, key=_error)

@@ -62,10 +62,11 @@ _SITE_FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class StoredFrame:
-    """A complete frame: what was signed, and the file that holds its bytes."""
+    """A complete frame: what was signed, and the file that holds its bytes. A local keyframe `is_local`."""
 
     signed: SignedManifest
     path: Path
+    is_local: bool = False
 
     @property
     def version(self) -> Version:
@@ -184,7 +185,8 @@ class FrameStore:
                 _move(source, staged)
                 _sync(staged)
                 self._write_manifest(frame_id, signed)
-                return self._admit(frame_id, signed, staged)
+                is_local = signed.manifest.origin != self._site
+                return self._admit(frame_id, signed, staged, is_local=is_local)
             except OSError:
                 staged.unlink(missing_ok=True)
                 if frame_id not in self._complete:
@@ -251,12 +253,14 @@ class FrameStore:
     # --- reading frames ----------------------------------------------------------------------------------------------
 
     def read_chunk(self, frame_id: str, index: int) -> bytes | None:
-        """One chunk of a complete frame, verified by hash; None when there is no such frame or chunk.
+        """One chunk, verified by hash, of a complete frame or of one that was begun; None when it is not there.
 
         A frame that turns out to be damaged is dropped, and counts as gone.
         """
         with self._lock:
             stored = self._complete.get(frame_id)
+            if stored is None and frame_id in self._partials:
+                return self._read_partial(self._partials[frame_id], index)
             if stored is None or not 0 <= index < stored.signed.manifest.num_chunks:
                 return None
             offset, length = stored.signed.manifest.chunk_range(index)
@@ -285,26 +289,37 @@ class FrameStore:
         with self._lock:
             return tuple(self._chain(origin))
 
-    def prune(self, *, keep_frame_ids: Collection[str]) -> None:
-        """Remove what is superseded. Frames in `keep_frame_ids` and frames being fetched stay, and besides them
+    def prune(
+        self, *, keep_frame_ids: Collection[str], relayed_origins: Collection[str] = ()
+    ) -> tuple[str, ...]:
+        """Remove what is superseded, and return the ids of the complete frames that are gone. Frames in `keep_frame_ids` and
+        frames being fetched stay, and besides them
 
-        - of another member: its `chain`, and what is newer than that and may become part of it,
+        - of another member: its `chain`, and what is newer than that and may become part of it; but nothing of
+          `relayed_origins`, which are held only for others,
         - of this site: what is at least as new as its newest frame in `keep_frame_ids`, because it was adopted just now,
         - partial frames of an earlier life that are newer than their origin's chain.
         """
         with self._lock:
             origins = {stored.signed.manifest.origin for stored in self._complete.values()}
             kept = {
-                frame_id for origin in sorted(origins) for frame_id in self._needed(origin, keep_frame_ids)
-            }
-            for frame_id in [frame_id for frame_id in self._complete if frame_id not in kept]:
+                frame_id
+                for origin in sorted(origins)
+                if origin not in relayed_origins
+                for frame_id in self._needed(origin, keep_frame_ids)
+            }.union(keep_frame_ids)
+            gone = tuple(frame_id for frame_id in self._complete if frame_id not in kept)
+            for frame_id in gone:
                 self._unlink(frame_id)
                 del self._complete[frame_id]
             for frame_id, signed in list(self._leftovers.items()):
-                held = reachable(self._frames(signed.manifest.origin))
-                if held is not None and held >= signed.version and frame_id not in keep_frame_ids:
+                origin = signed.manifest.origin
+                held = reachable(self._frames(origin))
+                is_passed = origin in relayed_origins or (held is not None and held >= signed.version)
+                if is_passed and frame_id not in keep_frame_ids:
                     self._unlink(frame_id)
                     del self._leftovers[frame_id]
+            return gone
 
     def drop(self, origin: str) -> None:
         """Forget all complete frames of `origin`: its chain turned out to be broken."""
@@ -390,8 +405,17 @@ class FrameStore:
         if partial is not None:
             os.close(partial.descriptor)
 
-    def _admit(self, frame_id: str, signed: SignedManifest, staged: Path) -> StoredFrame:
-        stored = StoredFrame(signed, self._frame_path(frame_id))
+    def _read_partial(self, partial: _Partial, index: int) -> bytes | None:
+        if index not in partial.present:
+            return None
+        offset, length = partial.signed.manifest.chunk_range(index)
+        data = os.pread(partial.descriptor, length, offset)
+        return data if digest_chunk(data) == partial.signed.manifest.chunk_digests[index] else None
+
+    def _admit(
+        self, frame_id: str, signed: SignedManifest, staged: Path, *, is_local: bool = False
+    ) -> StoredFrame:
+        stored = StoredFrame(signed, self._frame_path(frame_id), is_local)
         staged.replace(stored.path)
         self._complete[frame_id] = stored
         self._close_partial(frame_id)
@@ -441,7 +465,7 @@ class FrameStore:
         for path in sorted(self._manifests_folder.iterdir()):
             frame_id = path.stem
             try:
-                signed = _read_manifest(path, keys, self._site)
+                signed, is_local = _read_manifest(path, keys, self._site)
             except RefusedError:
                 continue
             if path != self._manifest_path(signed.frame_id):
@@ -450,7 +474,7 @@ class FrameStore:
                 if digest_chunks(self._frame_path(frame_id), signed.manifest.chunk_bytes) == (
                     signed.manifest.chunk_digests
                 ):
-                    self._complete[frame_id] = StoredFrame(signed, self._frame_path(frame_id))
+                    self._complete[frame_id] = StoredFrame(signed, self._frame_path(frame_id), is_local)
             elif self._part_path(frame_id).exists():
                 self._leftovers[frame_id] = signed
         known = {self._frame_path(frame_id) for frame_id in self._complete}
@@ -462,8 +486,11 @@ class FrameStore:
                 path.unlink()
 
 
-def _read_manifest(path: Path, keys: Mapping[str, PublicIdentity], site: str) -> SignedManifest:
-    """The manifest in `path`, verified under its origin's key, or as a local keyframe. Raises a RefusedError, or OSError."""
+def _read_manifest(path: Path, keys: Mapping[str, PublicIdentity], site: str) -> tuple[SignedManifest, bool]:
+    """The manifest in `path`, verified under its origin's key, or as that of a local keyframe, which the second value says.
+
+    Raises a RefusedError, or OSError.
+    """
     with path.open("rb") as file:
         raw = file.read(_MAX_MANIFEST_FILE_BYTES + 1)
     if len(raw) > _MAX_MANIFEST_FILE_BYTES:
@@ -478,11 +505,11 @@ def _read_manifest(path: Path, keys: Mapping[str, PublicIdentity], site: str) ->
     if claimed.origin not in keys:
         raise UnknownPeerError(f"{path} belongs to {claimed.origin!r}, which is not a member")
     try:
-        return verify_manifest(body, signature, keys[claimed.origin])
+        return verify_manifest(body, signature, keys[claimed.origin]), False
     except SignatureError:
         if claimed.base is not None:
             raise
-        return verify_manifest(body, signature, keys[site])
+        return verify_manifest(body, signature, keys[site]), True
 
 
 def _find_chunks(descriptor: int, manifest: Manifest) -> set[int]:

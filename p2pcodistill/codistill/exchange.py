@@ -53,10 +53,25 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Inbox:
-    """What has arrived: the newest offer of each teacher, and whether training is to stop early."""
+    """What has arrived: the newest offer of each teacher, and whether training is to stop early.
+
+    `announced` is the newest version, (incarnation, step), that each teacher is known to have, where that is not the one on
+    offer: it may still be on its way. `revoked` are the teachers that are no longer trusted.
+    """
 
     offers: Mapping[str, Offer] = field(default_factory=dict)
     stop_requested: bool = False
+    announced: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    revoked: frozenset[str] = frozenset()
+
+    @property
+    def newest(self) -> dict[str, tuple[int, int]]:
+        """The newest version known of each teacher."""
+        offered = {teacher: offer.version for teacher, offer in self.offers.items()}
+        return offered | {
+            teacher: max(version, offered.get(teacher, version))
+            for teacher, version in self.announced.items()
+        }
 
 
 class Exchange(Protocol):

@@ -12,7 +12,7 @@ Everything is computed in float32, whatever precision the logits came in and wha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,12 +20,17 @@ from torch.nn import functional
 
 DistillationLoss = Literal["soft-cross-entropy", "kl", "squared-error"]
 Aggregation = Literal["mean-probabilities", "mean-logits", "mean-losses"]
+Weight: TypeAlias = float | Tensor
+"""A number, or a scalar on the logits' device."""
+
+_LOWEST_LOGIT = -1e30
+"""No class at this or below has any probability beside one that is not."""
 
 
 def distillation_loss(
     logits_C: Tensor,
     teacher_logits_NC: Sequence[Tensor],
-    weights_N: Sequence[float],
+    weights_N: Sequence[Weight],
     *,
     loss: DistillationLoss = "soft-cross-entropy",
     aggregation: Aggregation = "mean-probabilities",
@@ -49,8 +54,7 @@ def distillation_loss(
     Logits are divided by `temperature`, and the loss is multiplied by its square, which keeps the gradient's
     magnitude (Hinton et al. 2015, section 2).
 
-    All positions count alike: there is no mask for padding. Weights stay Python numbers, so that nothing waits for the
-    device.
+    All positions count alike: there is no mask for padding. Nothing waits for the device.
 
     Raises ValueError for teachers whose logits differ from the student's in shape, and for logits that are no
     distribution per position: fewer than two axes or classes (`squared-error` compares any).
@@ -76,7 +80,7 @@ def distillation_loss(
 
 
 def _squared_error(
-    student_C: Tensor, teachers_NC: Sequence[Tensor], weights_N: Sequence[float], aggregation: Aggregation
+    student_C: Tensor, teachers_NC: Sequence[Tensor], weights_N: Sequence[Weight], aggregation: Aggregation
 ) -> Tensor:
     if aggregation == "mean-losses":
         losses_N = [functional.mse_loss(student_C, teacher_C) for teacher_C in teachers_NC]
@@ -87,12 +91,19 @@ def _squared_error(
 def _cross_entropy(
     student_C: Tensor,
     teachers_NC: Sequence[Tensor],
-    weights_N: Sequence[float],
+    weights_N: Sequence[Weight],
     aggregation: Aggregation,
     *,
     minus_entropy: bool,
 ) -> Tensor:
-    """Cross-entropy with the teachers as soft targets; minus the targets' entropy it is the KL divergence."""
+    """Cross-entropy with the teachers as soft targets; minus the targets' entropy it is the KL divergence.
+
+    Works on the logits in place.
+    """
+    with torch.no_grad():
+        # Masked classes may be at minus infinity, of which a probability, or a weight, of 0 would make NaN.
+        for logits_C in (student_C, *teachers_NC):
+            logits_C.clamp_min_(_LOWEST_LOGIT)
     if aggregation == "mean-logits":
         teachers_NC, weights_N = [_weighted_sum(teachers_NC, weights_N)], [1.0]
     targets_NC = [teacher_C.softmax(-1) for teacher_C in teachers_NC]
@@ -111,7 +122,7 @@ def _mean_entropy(target_C: Tensor) -> Tensor:
     return entropy
 
 
-def _weighted_sum(tensors_N: Sequence[Tensor], weights_N: Sequence[float]) -> Tensor:
+def _weighted_sum(tensors_N: Sequence[Tensor], weights_N: Sequence[Weight]) -> Tensor:
     total = tensors_N[0] * weights_N[0]
     for tensor, weight in zip(tensors_N[1:], weights_N[1:], strict=True):
         total = total + tensor * weight

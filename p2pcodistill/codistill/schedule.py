@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from p2pcodistill.config import CodistillationConfig
 
 
@@ -14,6 +16,16 @@ def distillation_weight(config: CodistillationConfig, num_steps: int) -> float:
     if num_steps_after_burn_in <= 0:
         return 0.0
     return config.weight * min(1.0, num_steps_after_burn_in / max(1, config.ramp_steps))
+
+
+def teachers_due(
+    config: CodistillationConfig, teachers: Sequence[Mapping[str, float]], num_steps: int
+) -> Mapping[str, float]:
+    """Who teaches in the update after `num_steps`, with which weights, of a schedule over the student's own exchange count.
+
+    `teachers` has one table for each exchange interval; they are used in turn. Empty without any.
+    """
+    return teachers[num_steps // config.exchange_interval_steps % len(teachers)] if teachers else {}
 
 
 def exchange_is_due(config: CodistillationConfig, num_steps: int) -> bool:

@@ -8,7 +8,7 @@ that was checkpointed. Its weights may be kept in fewer bytes than the student's
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
@@ -66,14 +66,13 @@ class Teacher:
     """One slot of the bank. `version` is (incarnation, step), None while nothing was loaded."""
 
     module: nn.Module
-    weight: float
     packed: Mapping[str, PackedTensor] = field(repr=False)
     version: tuple[int, int] | None = None
     state: State = field(default=None, repr=False)
 
 
 class TeacherBank:
-    """The teachers of one student, by name. `weights` are positive, and normalised over the teachers present.
+    """The teachers of one student, by name.
 
     `precision` is how a teacher's weights are kept: `float32` stands for the student's own dtypes.
     """
@@ -81,7 +80,7 @@ class TeacherBank:
     def __init__(
         self,
         student: nn.Module,
-        weights: Mapping[str, float],
+        names: Collection[str],
         forward: Forward,
         *,
         precision: Precision = "float32",
@@ -89,18 +88,25 @@ class TeacherBank:
         self._forward = forward
         student = unwrap(student)
         self._device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
-        snapshot = take_snapshot(student, 0) if weights else None
+        snapshot = take_snapshot(student, 0) if names else None
         self._schema_hash = snapshot.schema_hash if snapshot else b""
         self._shapes = {name: t.shape for name, t in snapshot.tensors.items()} if snapshot else {}
         self.teachers: dict[str, Teacher] = {}
-        for name, weight in weights.items():
+        for name in names:
             module = _frozen_copy(student)
-            self.teachers[name] = Teacher(module, weight, pack_weights(module, precision))
+            self.teachers[name] = Teacher(module, pack_weights(module, precision))
 
     @property
-    def present(self) -> Sequence[Teacher]:
-        """The teachers that have a checkpoint, in the order of the weights."""
-        return [teacher for teacher in self.teachers.values() if teacher.version is not None]
+    def device(self) -> torch.device:
+        """Where the student was when the bank was made, and the teachers are."""
+        return self._device
+
+    @property
+    def versions(self) -> dict[str, tuple[int, int]]:
+        """The version of each teacher that has a checkpoint."""
+        return {
+            name: teacher.version for name, teacher in self.teachers.items() if teacher.version is not None
+        }
 
     @property
     def num_bytes(self) -> int:
@@ -145,14 +151,22 @@ class TeacherBank:
         return logits
 
     @torch.no_grad()
-    def predict(self, inputs: Any) -> tuple[list[Tensor], list[float]]:
-        """Logits of the teachers present and their weights, which add up to 1. Advances their carried states."""
-        logits = []
-        for teacher in self.present:
-            teacher_logits, teacher.state = self._forward(teacher.module, inputs, teacher.state)
-            logits.append(teacher_logits)
-        total = sum(teacher.weight for teacher in self.present)
-        return logits, [teacher.weight / total for teacher in self.present]
+    def predict(self, inputs: Any, names: Collection[str]) -> dict[str, Tensor]:
+        """Logits of the teachers of these names, which have a checkpoint. Advances their carried states.
+
+        The others' states are let go of: they would not follow from what comes next.
+        """
+        logits = {}
+        for name, teacher in self.teachers.items():
+            if name in names:
+                logits[name], teacher.state = self._forward(teacher.module, inputs, teacher.state)
+            else:
+                teacher.state = None
+        return logits
+
+    def forget_state(self, name: str) -> None:
+        """Let go of a teacher's carried state, which may be as ruined as its weights were."""
+        self.teachers[name].state = None
 
     def state_dict(self) -> dict[str, Any]:
         """Versions and carried states; the weights themselves are in the node's store."""

@@ -1,10 +1,11 @@
-"""What teachers announce: which versions are known of each, and what that means for an announcement.
+"""What is announced of teachers: which versions are known of each, and what that means for an announcement.
 
-For now a frame is announced by its origin alone, so its manifest must be signed by the very peer that sends it.
-Relays will carry other members' announcements; then the origin's key comes from the member list just the same.
+The origin of a frame announces it, and so does whoever has fetched it from there: what counts is the origin's signature,
+under the key of the member list, never who passes it on. An announcement that is known already is not verified again.
 
-A version is announced once, when it is published, and again in a new session; whatever is older is refused. Only the answer
-to a request to catch up, a path, may go back to older frames, on its way to the newest. Two frames of one version may be the
+An origin announces a version once, when it is published, and again in a new session; whatever is older is refused, while a
+peer that passes frames on may simply be behind. Only the answer to a request to catch up, a path, may go back to older
+frames, on its way to the newest. Two frames of one version may be the
 same checkpoint: a delta frame, and the keyframe of the reference that it yields.
 
 An origin's schema (names, shapes and dtypes of its tensors) is pinned, and stays as it is within one incarnation. A later
@@ -15,10 +16,11 @@ one that does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
-from p2pcodistill.checkpoint.manifest import SignedManifest, Version, verify_manifest
+from p2pcodistill.checkpoint.manifest import SignedManifest, Version, claimed_origin, verify_manifest
 from p2pcodistill.errors import (
     MalformedError,
     OversizedError,
@@ -29,7 +31,10 @@ from p2pcodistill.errors import (
     UnknownPeerError,
 )
 from p2pcodistill.gossip.messages import Announce, CatchUp
+from p2pcodistill.gossip.plan import MAX_PLAN_MANIFEST_BYTES
 from p2pcodistill.identity import PublicIdentity
+
+Verify: TypeAlias = Callable[[bytes, bytes, PublicIdentity], SignedManifest]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,7 @@ class _Path:
     """As much of a path as has arrived. When a part of it was refused, the rest is passed over in silence."""
 
     frames: list[SignedManifest] = field(default_factory=list)
+    num_manifest_bytes: int = 0
     num_more: int = 0
     is_refused: bool = False
 
@@ -65,15 +71,18 @@ class Announcements:
         pinned_schemas: Mapping[str, bytes],
         max_chunk_bytes: int,
         max_frame_bytes: int,
+        verify: Verify = verify_manifest,
     ) -> None:
+        """`held` maps teachers to the version that the store's chain of each leads to."""
         self._run = run
+        self._verify_manifest = verify
         self._teachers = dict(teachers)
         self._newest = {origin: held[origin] for origin in self._teachers if origin in held}
         self._announced: dict[
             str, SignedManifest
         ] = {}  # the first frame of the newest version, since the start
         self._schemas = dict(pinned_schemas)
-        self._paths: dict[str, _Path] = {}
+        self._paths: dict[tuple[str, str], _Path] = {}  # by peer and origin
         self._max_chunk_bytes = max_chunk_bytes
         self._max_frame_bytes = max_frame_bytes
 
@@ -82,14 +91,55 @@ class Announcements:
         newest = self._newest.get(origin)
         return newest.incarnation if newest else 0
 
-    def close(self, peer: str) -> None:
-        """The session with `peer` is over, and with it the path that it was announcing."""
-        self._paths.pop(peer, None)
+    def newest(self, origin: str) -> SignedManifest | None:
+        """The first frame of the newest version of `origin` that was announced since the start."""
+        return self._announced.get(origin)
 
-    def accept(self, peer: str, announce: Announce) -> Accepted:
-        """Judge what `peer` announced of its own accord, and take note of it if it is new. Raises RefusedError."""
-        signed = self._verify(peer, announce)
-        known = self._announced.get(peer)
+    def newest_version(self, origin: str) -> Version | None:
+        """The newest version known of `origin`."""
+        return self._newest.get(origin)
+
+    def add(self, origin: str, public: PublicIdentity, known: Version | None) -> None:
+        """Frames of `origin` are accepted from now on; `known` is a version of it that somebody knows."""
+        self._teachers[origin] = public
+        if known is not None and origin not in self._newest:
+            self._newest[origin] = known
+
+    def remove(self, origin: str, *, forgetting: bool = True) -> None:
+        """Frames of `origin` are not accepted any more; what is known of it is forgotten, unless it may come back."""
+        self._teachers.pop(origin, None)
+        if forgetting:
+            self._newest.pop(origin, None)
+            self._announced.pop(origin, None)
+            self._schemas.pop(origin, None)
+
+    def close(self, peer: str) -> None:
+        """The session with `peer` is over, and with it the paths that it was announcing."""
+        for key in [key for key in self._paths if key[0] == peer]:
+            del self._paths[key]
+
+    def origin_of(self, peer: str, announce: Announce) -> str:
+        """In whose name `peer` announces. Raises MalformedError, or UnknownPeerError if it is nobody to learn from."""
+        origin = claimed_origin(announce.body)
+        if origin in self._teachers:
+            return origin
+        if peer not in self._teachers:
+            raise UnknownPeerError(f"{peer} announced a checkpoint, but is no teacher of this site")
+        raise UnknownPeerError(f"{peer} announced a checkpoint of {origin!r}, who is no teacher of this site")
+
+    def accept(self, peer: str, announce: Announce) -> Accepted | None:
+        """Judge what `peer` announced of its own accord, and take note of it if it is new; None: it is behind.
+
+        Raises RefusedError.
+        """
+        origin = self.origin_of(peer, announce)
+        known = self._announced.get(origin)
+        if known is not None and (announce.body, announce.signature) == (known.body, known.signature):
+            return Accepted((known,), is_new=False, pins_schema=False)
+        signed = self._verify(peer, origin, announce)
+        newest = self._newest.get(origin)
+        if peer != origin and newest is not None and signed.version < newest:
+            return None
         if (
             known is not None
             and known.version == signed.version
@@ -97,37 +147,72 @@ class Announcements:
             and known.body != signed.body
         ):
             raise ReplayedError(
-                f"two different checkpoints of {peer} claim to be step {signed.version.step} of incarnation "
+                f"two different checkpoints of {origin} claim to be step {signed.version.step} of incarnation "
                 f"{signed.version.incarnation}: do two nodes run with its identity?"
             )
-        return self._note(peer, (signed,))
+        return self._note(origin, (signed,))
 
     def collect(self, peer: str, announce: Announce, asked: CatchUp | None) -> Accepted | None:
         """Judge the next part of a path from `peer`, the answer to `asked`; None as long as there is more to come.
 
         Raises RefusedError, once for a path.
         """
-        path = self._paths.pop(peer, None)
+        origin = self.origin_of(peer, announce)
+        path = self._paths.pop((peer, origin), None)
         if path is None or announce.num_more != path.num_more - 1:
             path = _Path()
         path.num_more = announce.num_more or 0
         if path.num_more:
-            self._paths[peer] = path
+            self._paths[peer, origin] = path
         if path.is_refused:
             return None
         try:
             if asked is None:
                 raise MalformedError(f"{peer} announced a path that nobody asked for")
-            path.frames.append(self._verify_next(peer, announce, path.frames, asked.held))
+            path.num_manifest_bytes += len(announce.body)
+            if path.num_manifest_bytes > MAX_PLAN_MANIFEST_BYTES:
+                raise OversizedError(
+                    f"{peer} announced a path whose manifests are over the cap of {MAX_PLAN_MANIFEST_BYTES} bytes"
+                )
+            path.frames.append(self._verify_next(peer, origin, announce, path.frames, asked.held))
         except RefusedError:
+            path.frames.clear()
             path.is_refused = True
             raise
-        return None if path.num_more else self._note(peer, tuple(path.frames))
+        if path.num_more:
+            return None
+        newest = self._newest.get(origin)
+        version = path.frames[-1].version
+        if peer != origin and newest is not None and version < newest:
+            if version.incarnation < newest.incarnation:
+                raise ReplayedError(f"{peer} announced a path of {origin} to an incarnation that is over")
+            return Accepted(tuple(path.frames), is_new=False, pins_schema=False)
+        return self._note(origin, tuple(path.frames))
+
+    def verify_own(self, peer: str, announce: Announce, public: PublicIdentity) -> SignedManifest:
+        """What `peer` shows of this site's own, whose key is `public`. Raises RefusedError."""
+        try:
+            signed = self._verify_manifest(announce.body, announce.signature, public)
+        except SignatureError as error:
+            origin = claimed_origin(announce.body)
+            raise SignatureError(
+                f"{peer} announced a checkpoint in the name of {origin!r}: {error}"
+            ) from None
+        if signed.manifest.run != self._run:
+            raise ReplayedError(
+                f"{peer} shows a checkpoint of run {signed.manifest.run!r}, not {self._run!r}"
+            )
+        return signed
 
     def _verify_next(
-        self, peer: str, announce: Announce, before: list[SignedManifest], held: Version | None
+        self,
+        peer: str,
+        origin: str,
+        announce: Announce,
+        before: list[SignedManifest],
+        held: Version | None,
     ) -> SignedManifest:
-        signed = self._verify(peer, announce)
+        signed = self._verify(peer, origin, announce)
         allowed = (before[-1].version,) if before else (None, held)
         if signed.base not in allowed:
             raise MalformedError(f"{peer} announced a path whose frames do not follow from one another")
@@ -135,13 +220,13 @@ class Announcements:
             raise SchemaMismatchError(f"{peer} announced a path whose frames have different tensors")
         return signed
 
-    def _verify(self, peer: str, announce: Announce) -> SignedManifest:
-        if peer not in self._teachers:
-            raise UnknownPeerError(f"{peer} announced a checkpoint, but is no teacher of this site")
-        signed = verify_manifest(announce.body, announce.signature, self._teachers[peer])
+    def _verify(self, peer: str, origin: str, announce: Announce) -> SignedManifest:
+        try:
+            signed = self._verify_manifest(announce.body, announce.signature, self._teachers[origin])
+        except SignatureError as error:
+            of = "" if peer == origin else f" in the name of {origin!r}"
+            raise SignatureError(f"{peer} announced a checkpoint{of}: {error}") from None
         manifest = signed.manifest
-        if manifest.origin != peer:
-            raise SignatureError(f"{peer} signed a checkpoint in the name of {manifest.origin!r}")
         if manifest.run != self._run:
             raise ReplayedError(
                 f"{peer} announced a checkpoint that belongs to run {manifest.run!r}, not {self._run!r}"
@@ -158,24 +243,25 @@ class Announcements:
             )
         return signed
 
-    def _note(self, peer: str, frames: tuple[SignedManifest, ...]) -> Accepted:
+    def _note(self, origin: str, frames: tuple[SignedManifest, ...]) -> Accepted:
         last = frames[-1]
         version, schema_hash = last.version, last.manifest.schema_hash
-        newest = self._newest.get(peer)
+        newest = self._newest.get(origin)
         if newest is not None and version < newest:
             raise ReplayedError(
-                f"{peer} announced step {version.step} of incarnation {version.incarnation} again, after step "
+                f"{origin} announced step {version.step} of incarnation {version.incarnation} again, after step "
                 f"{newest.step} of incarnation {newest.incarnation}"
             )
-        pins_schema = self._schemas.get(peer) != schema_hash
-        if pins_schema and peer in self._schemas and version.incarnation == self.known_incarnation(peer):
+        pins_schema = self._schemas.get(origin) != schema_hash
+        if pins_schema and origin in self._schemas and version.incarnation == self.known_incarnation(origin):
             raise SchemaMismatchError(
-                f"{peer} announced other tensors (names, shapes or dtypes) than before in incarnation "
+                f"{origin} announced other tensors (names, shapes or dtypes) than before in incarnation "
                 f"{version.incarnation}: its workers must be launched anew for that"
             )
         is_new = newest is None or version > newest
         if is_new:
-            self._newest[peer] = version
-            self._announced[peer] = last
-            self._schemas[peer] = schema_hash
+            self._newest[origin] = version
+            self._schemas[origin] = schema_hash
+        if is_new or origin not in self._announced:
+            self._announced[origin] = last
         return Accepted(frames, is_new=is_new, pins_schema=pins_schema)

@@ -1,12 +1,11 @@
-"""One frame on its way into the store, and what one peer has been asked for: chunks, credit, deadlines, resume.
+"""One frame on its way into the store: chunks, who holds them, resume.
 
-Credit is counted in bytes: at most a window's worth is asked of a peer and not yet received, so that nothing queues up
-anywhere. A cut loses only what was under way; whatever arrived is never asked for again.
+Sets of chunks are bitmaps (bit i: chunk i), so that "what is missing here and held there" is one operation, even of a frame
+of tens of thousands of chunks. A cut loses only what was under way; whatever arrived is never asked for again.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -16,85 +15,38 @@ from p2pcodistill.gossip.messages import Chunk
 
 MAX_BAD_CHUNKS = 3
 """After so many wrong chunks of a frame, its peer is not asked for that frame any more."""
-MAX_PATIENCE_FACTOR = 32
-"""Each stall in a row doubles the time until the next is declared, up to this many stall timeouts."""
 
 
-class Window:
-    """What was asked of one peer in this session and has not arrived."""
+@dataclass(slots=True)
+class Source:
+    """What a peer can be asked of a frame: the chunks `held`, None for all of them."""
 
-    def __init__(self, *, window_bytes: int, stall_timeout_s: float) -> None:
-        self.patience_s = stall_timeout_s
-        """How long the peer may stay silent. It follows what the link shows: asking a slow one again too early would
-        only add to its queue."""
-        self._stall_timeout_s = stall_timeout_s
-        self._window_bytes = window_bytes
-        self._asked_bytes: dict[tuple[str, int], int] = {}
-        self._num_asked_bytes = 0
-        self._progress_s: float | None = None
-        self._deadline_from_s = 0.0
+    held: int | None = None
+    num_bad_chunks: int = 0
+    is_slow: bool = False
+    """Whether it let a request stall: others are asked first from then on."""
+    is_stale: bool = False
+    """Whether it fetched a part once, and has told of nothing more for long: nobody waits for it."""
 
     @property
-    def credit_bytes(self) -> int:
-        """How much more may be asked for."""
-        return self._window_bytes - self._num_asked_bytes
-
-    @property
-    def is_low(self) -> bool:
-        """Whether it is time to ask for more: at least half the window is free, so that wants are few and large."""
-        return 2 * self._num_asked_bytes <= self._window_bytes
-
-    def has_asked(self, frame_id: str) -> bool:
-        """Whether anything of this frame is under way from the peer."""
-        return any(asked == frame_id for asked, _ in self._asked_bytes)
-
-    def ask(self, frame_id: str, index: int, num_bytes: int, now_s: float) -> None:
-        """Spend credit on a chunk. There must be enough of it."""
-        assert num_bytes <= self.credit_bytes
-        if self._progress_s is None:
-            self._progress_s = self._deadline_from_s = now_s
-        self._asked_bytes[frame_id, index] = num_bytes
-        self._num_asked_bytes += num_bytes
-
-    def receive(self, frame_id: str, index: int, now_s: float) -> bool:
-        """A chunk arrived: its credit is back, and the deadline moves. False when it was not asked for."""
-        if self._progress_s is not None:
-            self.patience_s = max(self._stall_timeout_s, 2 * (now_s - self._progress_s))
-            self._progress_s = self._deadline_from_s = now_s
-        num_bytes = self._asked_bytes.pop((frame_id, index), None)
-        self._num_asked_bytes -= num_bytes or 0
-        return num_bytes is not None
-
-    def is_stalled(self, now_s: float) -> bool:
-        """Whether something is under way and nothing has arrived for too long."""
-        return bool(self._asked_bytes) and now_s - self._deadline_from_s >= self.patience_s
-
-    def stall(self, now_s: float) -> None:
-        """Give what is under way up for lost (see `void`), and be more patient next time."""
-        longest_s = MAX_PATIENCE_FACTOR * self._stall_timeout_s
-        self.patience_s = max(self.patience_s, min(2 * self.patience_s, longest_s))
-        self._deadline_from_s = now_s
-
-    def void(self, frame_id: str | None = None) -> list[tuple[str, int]]:
-        """Forget what is under way, of one frame or of all; credit returns. The (frame, index) pairs, as asked."""
-        voided = [key for key in self._asked_bytes if frame_id in (None, key[0])]
-        for key in voided:
-            self._num_asked_bytes -= self._asked_bytes.pop(key)
-        return voided
-
-    def rest(self) -> None:
-        """Nothing more is to be asked for now; with nothing under way there is no deadline."""
-        if not self._asked_bytes:
-            self._progress_s = None
+    def is_usable(self) -> bool:
+        """Whether it may be asked."""
+        return self.num_bad_chunks < MAX_BAD_CHUNKS
 
 
 @dataclass(slots=True)
 class Offer:
-    """A frame that may be fetched: `num_bad_chunks_of` maps the peers known to hold it to their wrong chunks so far."""
+    """A frame that may be fetched, and the peers that are known to hold it, or a part of it."""
 
     signed: SignedManifest
-    frame_id: str
-    num_bad_chunks_of: dict[str, int]
+    sources: dict[str, Source]
+    lost: list[str] = field(default_factory=list)
+    """Those who said that they do not hold it any more."""
+
+    @property
+    def frame_id(self) -> str:
+        """The frame's name."""
+        return self.signed.frame_id
 
     @property
     def version(self) -> Version:
@@ -106,74 +58,120 @@ class Offer:
         """The version that it needs; None: a keyframe."""
         return self.signed.base
 
-    def is_usable(self, peer: str) -> bool:
-        """Whether `peer` may be asked for this frame."""
-        return self.num_bad_chunks_of.get(peer, MAX_BAD_CHUNKS) < MAX_BAD_CHUNKS
+    def add(self, peer: str, *, has_all: bool = True) -> None:
+        """`peer` holds the frame, or will say by and by what it holds of it."""
+        source = self.sources.setdefault(peer, Source(held=None if has_all else 0))
+        source.is_stale = False
+        if has_all:
+            source.held = None
+        if peer in self.lost:
+            self.lost.remove(peer)
+
+    def lose(self, peer: str) -> None:
+        """`peer` does not hold the frame any more."""
+        if self.sources.pop(peer, None) is not None:
+            self.lost.append(peer)
 
     @property
     def has_source(self) -> bool:
         """Whether anyone may be asked, here now or not."""
-        return any(map(self.is_usable, self.num_bad_chunks_of))
+        return any(source.is_usable for source in self.sources.values())
+
+    def has_source_among(self, peers: Collection[str]) -> bool:
+        """Whether one of `peers` may be asked."""
+        return any(
+            source.is_usable and not source.is_stale and peer in peers
+            for peer, source in self.sources.items()
+        )
 
 
 @dataclass(slots=True)
 class Download:
-    """One frame on its way into the store."""
+    """One frame on its way into the store. Its chunks are asked for in order, from `first_index` on, and around."""
 
     offer: Offer
     started_s: float
+    first_index: int = 0
     is_begun: bool = False
     is_completing: bool = False
     num_resent_bytes: int = 0
+    num_of_origin: int = 0
+    """How many chunks the origin itself has sent."""
     leads_further: bool = False
     """Whether, once it is stored, the chain of its origin leads to a higher version than before."""
-    _held: set[int] = field(default_factory=set)
-    _wanted: list[int] = field(default_factory=list)  # a heap; may still name chunks that have arrived since
+    hungry_s: float | None = None
+    """Since when nothing of it is under way, as far as ticks tell."""
+    held: int = 0
+    """The chunks that are there."""
+    wanted: int = 0
+    """The chunks that are neither there nor under way."""
+    asked_of: dict[int, str] = field(default_factory=dict)
+    """The chunks that are under way, each from one peer."""
 
     @property
     def frame_id(self) -> str:
         """The frame's name."""
-        return self.offer.frame_id
+        return self.offer.signed.frame_id
 
     @property
-    def num_held(self) -> int:
-        """How many chunks are there."""
-        return len(self._held)
+    def origin(self) -> str:
+        """Whose frame it is."""
+        return self.offer.signed.manifest.origin
+
+    @property
+    def num_chunks(self) -> int:
+        """How many chunks the frame has."""
+        return self.offer.signed.manifest.num_chunks
+
+    @property
+    def all_chunks(self) -> int:
+        """The chunks of the whole frame."""
+        return (1 << self.num_chunks) - 1
 
     @property
     def is_full(self) -> bool:
         """Whether all chunks are there."""
-        return self.is_begun and len(self._held) == self.offer.signed.manifest.num_chunks
+        return self.is_begun and self.held == self.all_chunks
+
+    @property
+    def is_arriving(self) -> bool:
+        """Whether any of it has arrived or is under way."""
+        return bool(self.held or self.asked_of)
 
     def begin(self, present: Collection[int]) -> None:
         """The store is ready and holds the chunks `present` already."""
         self.is_begun = True
-        self._held.update(present)
-        # Ascending, thus a heap.
-        self._wanted = [i for i in range(self.offer.signed.manifest.num_chunks) if i not in self._held]
+        for index in present:
+            self.held |= 1 << index
+        self.wanted = self.all_chunks & ~self.held
 
-    def next_wanted(self) -> tuple[int, int] | None:
-        """The lowest chunk that is neither there nor under way, as (index, bytes)."""
-        while self._wanted and self._wanted[0] in self._held:
-            heapq.heappop(self._wanted)
-        if not self._wanted:
-            return None
-        return self._wanted[0], self.offer.signed.manifest.chunk_range(self._wanted[0])[1]
+    def next_of(self, chunks: int) -> int:
+        """The chunk of `chunks`, which are not none, that comes first in this download's order."""
+        onward = chunks >> self.first_index
+        return self.first_index + _lowest(onward) if onward else _lowest(chunks)
 
-    def take_wanted(self) -> None:
-        """The chunk that `next_wanted` names is under way."""
-        heapq.heappop(self._wanted)
+    def last_of(self, chunks: int) -> int:
+        """The chunk of `chunks`, which are not none, that comes last in this download's order."""
+        before = chunks & ((1 << self.first_index) - 1)
+        return (before or chunks).bit_length() - 1
 
-    def want_again(self, index: int) -> None:
-        """A chunk that was under way will not come, or came wrong."""
-        heapq.heappush(self._wanted, index)
+    def ask(self, index: int, peer: str) -> None:
+        """A wanted chunk is under way from `peer`."""
+        self.asked_of[index] = peer
+        self.wanted &= ~(1 << index)
+
+    def want_again(self, index: int, peer: str) -> None:
+        """A chunk that was asked of `peer` will not come, or came wrong."""
+        if self.asked_of.get(index) == peer:
+            del self.asked_of[index]
+            self.wanted |= (1 << index) & ~self.held
 
     def accept(self, chunk: Chunk) -> bool:
         """Count a chunk as there. False when it was already. Raises MalformedError or ChecksumError."""
         manifest = self.offer.signed.manifest
         if chunk.index >= manifest.num_chunks:
             raise MalformedError(f"chunk {chunk.index} of a frame with {manifest.num_chunks}")
-        if chunk.index in self._held:
+        if self.held >> chunk.index & 1:
             self.num_resent_bytes += len(chunk.data)
             return False
         num_bytes = manifest.chunk_range(chunk.index)[1]
@@ -181,5 +179,11 @@ class Download:
             raise MalformedError(f"chunk {chunk.index} has {len(chunk.data)} bytes instead of {num_bytes}")
         if digest_chunk(chunk.data) != manifest.chunk_digests[chunk.index]:
             raise ChecksumError(f"chunk {chunk.index} does not match its hash")
-        self._held.add(chunk.index)
+        self.held |= 1 << chunk.index
+        self.wanted &= ~(1 << chunk.index)
+        self.asked_of.pop(chunk.index, None)
         return True
+
+
+def _lowest(chunks: int) -> int:
+    return (chunks & -chunks).bit_length() - 1

@@ -70,7 +70,10 @@ class FrameStored:
 
 @dataclass(frozen=True, slots=True)
 class FrameLost:
-    """A frame that a `ServeChunk` names is no longer in the store: pruned, or found damaged."""
+    """A frame of this site, or of another origin, is no longer in the store: pruned, or found damaged.
+
+    Obligation: it is fed for every frame of another origin that is pruned, and for what a `ServeChunk` names in vain.
+    """
 
     frame_id: str
 
@@ -110,6 +113,21 @@ class IncarnationRaised:
 
 
 @dataclass(frozen=True, slots=True)
+class MemberRevoked:
+    """The key of this member is no longer trusted here. What the store holds of it stays, but nothing more is taken."""
+
+    member: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemberRestored:
+    """The key of this member is trusted again."""
+
+    member: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time has passed; fed about once a second, so that stalled requests are noticed."""
 
@@ -127,6 +145,8 @@ Event: TypeAlias = (
     | TrainingFinished
     | IncarnationRaised
     | KeyframeUnavailable
+    | MemberRevoked
+    | MemberRestored
     | Ticked
 )
 
@@ -178,7 +198,10 @@ class AbandonFrame:
 
 @dataclass(frozen=True, slots=True)
 class ServeChunk:
-    """Read a chunk and send it to `peer` as `Chunk`; when the frame is no longer there, send `Gone` instead."""
+    """Read a chunk and send it to `peer` as `Chunk`; when the frame is no longer there, send `Gone` instead.
+
+    The frame may be one that is being fetched, of which this chunk was stored.
+    """
 
     peer: str
     frame_id: str
@@ -213,7 +236,7 @@ class RequestKeyframe:
 
 @dataclass(frozen=True, slots=True)
 class DropChain:
-    """Forget all complete frames of `origin` that the store holds."""
+    """Forget all complete frames of `origin` that the store holds: a teacher, or one that was relayed."""
 
     origin: str
 

@@ -1,7 +1,8 @@
 """Who is there: sessions with peers, what both sides must agree on before anything else, and incarnations.
 
 A session begins when the transport opens it and is *ready* once the peer's hello was accepted. A session that one
-side refused stays silent until the transport opens a new one: nothing is sent in it and nothing in it is listened to.
+side refused stays silent until the transport opens a new one: nothing is sent in it and nothing in it is listened to. Only
+the side that refused may end that, with another hello, which the other side answers with its own.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class SessionState(Enum):
     AWAITING_HELLO = auto()
     READY = auto()
     REFUSED = auto()
+    REFUSED_BY_PEER = auto()
 
 
 @dataclass(slots=True)
@@ -60,12 +62,17 @@ class Membership:
         self._members_digest = members_digest
         self._topology_digest = topology_digest
         self._sessions: dict[str, _Session] = {}
+        self._ready: dict[str, None] = {}
         self._finished_peers: dict[str, None] = {}
 
     @property
     def ready_peers(self) -> tuple[str, ...]:
-        """The peers whose hello was accepted in the current session, in member order."""
-        return tuple(peer for peer in self.members if self.state_of(peer) is SessionState.READY)
+        """The peers whose hello was accepted in the current session, in the order of their hellos."""
+        return tuple(self._ready)
+
+    def is_ready(self, peer: str) -> bool:
+        """Whether the peer's hello was accepted in the current session."""
+        return peer in self._ready
 
     def state_of(self, peer: str) -> SessionState | None:
         """How far the session with `peer` has come; None when there is none."""
@@ -75,6 +82,7 @@ class Membership:
     def open(self, peer: str, *, known_incarnation: int) -> Hello:
         """Begin a session; returns the hello to send. `known_incarnation` is the peer's, 0 for none."""
         self._sessions[peer] = _Session()
+        self._ready.pop(peer, None)
         return Hello(
             PROTOCOL_VERSION,
             self.run,
@@ -87,6 +95,7 @@ class Membership:
     def close(self, peer: str) -> None:
         """End the session, if there is one."""
         self._sessions.pop(peer, None)
+        self._ready.pop(peer, None)
 
     def accept(self, peer: str, hello: Hello) -> None:
         """Make the session ready. Raises HelloMismatchError, which names every difference and what to do."""
@@ -94,10 +103,18 @@ class Membership:
         if differences:
             raise HelloMismatchError("; ".join(differences))
         self._sessions[peer] = _Session(SessionState.READY, hello.known_incarnation_of_you)
+        self._ready[peer] = None
 
-    def refuse(self, peer: str) -> None:
-        """Fall silent until a new session."""
-        self._sessions[peer].state = SessionState.REFUSED
+    def refuse(self, peer: str, *, by_peer: bool = False) -> None:
+        """Fall silent until a new session, or another hello of the side that refused."""
+        state = SessionState.REFUSED_BY_PEER if by_peer else SessionState.REFUSED
+        self._sessions[peer].state = state
+        self._ready.pop(peer, None)
+
+    def know(self, peer: str, known_incarnation: int) -> None:
+        """A ready peer, or those it speaks for, have seen a checkpoint of this site under this incarnation."""
+        session = self._sessions[peer]
+        session.known_incarnation_of_us = max(session.known_incarnation_of_us, known_incarnation)
 
     def known_incarnation_of_us(self, peer: str) -> int:
         """The highest incarnation of this site that a ready peer has seen a checkpoint of, 0 for none."""

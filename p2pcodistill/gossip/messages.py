@@ -7,13 +7,19 @@ hexadecimal digits everywhere else.
 
     code  message   first part                                                              second part
     1     Hello     version, run, members digest, topology digest, incarnation, your incarnation
-    2     Announce  signature, how many more of a path follow (nil: not part of one)         manifest
+    2     Announce  signature, how many more of a path follow (nil: not part of one), all?   manifest
     3     Want      frame id, ascending chunk indices
     4     Chunk     frame id, chunk index                                                   the chunk
     5     Gone      frame id
     6     Finished
     7     Refusal   reason, why
-    8     CatchUp   incarnation and step held (both nil: nothing), afresh
+    8     CatchUp   incarnation and step held (both nil: nothing), afresh, origin (nil: you)
+    9     NoPath    origin
+    10    Have      frame id, bitmap of chunks (the first is the lowest bit of the first byte)
+    11    Follow    origin, incarnation and step held (both nil: nothing), known incarnation
+    12    Unfollow  origin
+    13    Ping      nonce
+    14    Pong      nonce
 
 The code and the version of a Hello keep their places in every version of the protocol, so that nodes of
 different versions can tell each other what is wrong. Decoding checks caps first, then parses, then checks
@@ -22,30 +28,30 @@ every field; whether a message makes sense at this moment is for `gossip.protoco
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import msgpack
 
-from p2pcodistill.checkpoint.chain import MAX_CHAIN_FRAMES
 from p2pcodistill.checkpoint.manifest import (
     DIGEST_BYTES,
     MAX_CHUNK_BYTES,
-    MAX_COUNTER,
     MAX_MANIFEST_BYTES,
     MAX_NAME_CHARS,
     Version,
 )
 from p2pcodistill.errors import MalformedError, OversizedError
+from p2pcodistill.gossip import fields
 from p2pcodistill.identity import SIGNATURE_BYTES
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_HEADER_BYTES = 16 << 10
 MAX_WANT_INDICES = 1024
+MAX_HAVE_BYTES = MAX_MANIFEST_BYTES // DIGEST_BYTES // 8 + 1
+"""A bit for every chunk that a manifest can name."""
 MAX_REASON_CHARS = 32
 MAX_WHY_CHARS = 1000
 _REASON = re.compile(rf"[a-z-]{{1,{MAX_REASON_CHARS}}}")
@@ -81,11 +87,15 @@ class Announce:
 
     The answer to a CatchUp is a *path*: one announcement for each of its frames, oldest first, of which `num_more` counts
     those that follow, down to 0. It is None in an announcement that nobody asked for.
+
+    The sender need not be the origin, which is named inside. Unless it `has_all` of the frame, it tells by `Have` what of it
+    can be asked for.
     """
 
     body: bytes
     signature: bytes
     num_more: int | None = None
+    has_all: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +137,82 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class CatchUp:
-    """The sender holds version `held` of the receiver's checkpoints and asks for a path from there to the newest one.
+    """The sender holds version `held` of the checkpoints of `origin` and asks for a path from there to the newest one.
 
-    None: it holds nothing that it could go on from. `afresh`: it could not apply what led to what it held, so that nothing
-    but a keyframe of the newest version helps.
+    None: it holds nothing that it could go on from, and: the receiver is the origin. `afresh`: it could not apply what led
+    to what it held, so that nothing but a keyframe of the newest version helps.
     """
 
     held: Version | None
     afresh: bool = False
+    origin: str | None = None
 
 
-Message: TypeAlias = Hello | Announce | Want | Chunk | Gone | Finished | Refusal | CatchUp
+@dataclass(frozen=True, slots=True)
+class NoPath:
+    """The sender, who is not `origin`, knows no path for what the receiver asked: somebody else has to."""
+
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Have:
+    """The sender holds these chunks of a frame that it is fetching, or all of them: bit i of `chunks` stands for chunk i."""
+
+    frame_id: str
+    chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Follow:
+    """The sender asks to be told of the frames of `origin`, which is the receiver, or whom the receiver is asked to relay.
+
+    `held` is the version that the sender, or who follows it in turn, would go on from (None: from nothing),
+    `known_incarnation` the highest one that is known there (0: none).
+    """
+
+    origin: str
+    held: Version | None
+    known_incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unfollow:
+    """The end of a `Follow`: the sender needs to be told no more, or cannot tell, or not any more."""
+
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Asks for a sign of life: a `Pong` with the same nonce."""
+
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """The answer to a `Ping`."""
+
+    nonce: int
+
+
+Message: TypeAlias = (
+    Hello
+    | Announce
+    | Want
+    | Chunk
+    | Gone
+    | Finished
+    | Refusal
+    | CatchUp
+    | NoPath
+    | Have
+    | Follow
+    | Unfollow
+    | Ping
+    | Pong
+)
 Payload: TypeAlias = tuple[bytes, ...]
 
 
@@ -150,20 +225,12 @@ class _Code(IntEnum):
     FINISHED = 6
     REFUSAL = 7
     CATCH_UP = 8
-
-
-_NUM_FIELDS = {
-    _Code.HELLO: 6,
-    _Code.ANNOUNCE: 2,
-    _Code.WANT: 2,
-    _Code.CHUNK: 2,
-    _Code.GONE: 1,
-    _Code.FINISHED: 0,
-    _Code.REFUSAL: 2,
-    _Code.CATCH_UP: 3,
-}
-_MAX_BULK_BYTES = {_Code.ANNOUNCE: MAX_MANIFEST_BYTES, _Code.CHUNK: MAX_CHUNK_BYTES}
-_T = TypeVar("_T")
+    NO_PATH = 9
+    HAVE = 10
+    FOLLOW = 11
+    UNFOLLOW = 12
+    PING = 13
+    PONG = 14
 
 
 def lane_of(message: Message) -> Lane:
@@ -174,22 +241,35 @@ def lane_of(message: Message) -> Lane:
 def encode_message(message: Message) -> Payload:
     """The payload of `message`, whose fields its sender vouches for: they are not checked again."""
     match message:
-        case Hello(version, run, members, topology, incarnation, yours):
-            return _pack(_Code.HELLO, version, run, members, topology, incarnation, yours)
-        case Announce(body, signature, num_more):
-            return *_pack(_Code.ANNOUNCE, signature, num_more), body
+        case Announce(body, signature, num_more, has_all):
+            return *_pack(_Code.ANNOUNCE, signature, num_more, has_all), body
         case Want(frame_id, indices):
             return _pack(_Code.WANT, bytes.fromhex(frame_id), indices)
         case Chunk(frame_id, index, data):
             return *_pack(_Code.CHUNK, bytes.fromhex(frame_id), index), data
+        case Ping(nonce):
+            return _pack(_Code.PING, nonce)
+        case Pong(nonce):
+            return _pack(_Code.PONG, nonce)
+        case Hello(version, run, members, topology, incarnation, yours):
+            return _pack(_Code.HELLO, version, run, members, topology, incarnation, yours)
         case Gone(frame_id):
             return _pack(_Code.GONE, bytes.fromhex(frame_id))
         case Finished():
             return _pack(_Code.FINISHED)
         case Refusal(reason, why):
             return _pack(_Code.REFUSAL, reason, why)
-        case CatchUp(held, afresh):
-            return _pack(_Code.CATCH_UP, *((held.incarnation, held.step) if held else (None, None)), afresh)
+        case CatchUp(held, afresh, origin):
+            return _pack(_Code.CATCH_UP, *_split(held), afresh, origin)
+        case NoPath(origin):
+            return _pack(_Code.NO_PATH, origin)
+        case Have(frame_id, chunks):
+            bitmap = chunks.to_bytes((chunks.bit_length() + 7) // 8, "little")
+            return _pack(_Code.HAVE, bytes.fromhex(frame_id), bitmap)
+        case Follow(origin, held, known_incarnation):
+            return _pack(_Code.FOLLOW, origin, *_split(held), known_incarnation)
+        case Unfollow(origin):
+            return _pack(_Code.UNFOLLOW, origin)
 
 
 def decode_message(payload: Sequence[bytes]) -> Message:
@@ -199,134 +279,149 @@ def decode_message(payload: Sequence[bytes]) -> Message:
     """
     if not payload:
         raise MalformedError("a message has at least one part")
-    code, fields = _unpack(payload[0])
-    if code is _Code.HELLO and fields and fields[0] != PROTOCOL_VERSION:
+    code, *values = _unpack(payload[0])
+    form = _FORMS.get(code)
+    if form is None:
+        raise MalformedError(f"no message has the type code {code}")
+    if code == _HELLO and values and values[0] != PROTOCOL_VERSION:
         # Another version may lay out the rest as it likes; the receiver only needs to say which one it is.
-        return Hello(
-            _number(fields[0], "protocol version"), "", bytes(DIGEST_BYTES), bytes(DIGEST_BYTES), 0, 0
-        )
-    if len(fields) != _NUM_FIELDS[code]:
-        raise MalformedError(f"{code.name} has {_NUM_FIELDS[code]} fields, not {len(fields)}")
-    bulk = _bulk(code, payload[1:])
-    match code:
-        case _Code.HELLO:
-            version, run, members, topology, incarnation, yours = fields
-            return Hello(
-                _number(version, "protocol version"),
-                _text(run, MAX_NAME_CHARS, "run name"),
-                _bytes(members, DIGEST_BYTES, "members digest"),
-                _bytes(topology, DIGEST_BYTES, "topology digest"),
-                _number(incarnation, "incarnation"),
-                _number(yours, "known incarnation"),
-            )
-        case _Code.ANNOUNCE:
-            return Announce(bulk, _bytes(fields[0], SIGNATURE_BYTES, "signature"), _num_more(fields[1]))
-        case _Code.WANT:
-            return Want(_frame_id(fields[0]), _indices(fields[1]))
-        case _Code.CHUNK:
-            return Chunk(_frame_id(fields[0]), _number(fields[1], "chunk index"), bulk)
-        case _Code.GONE:
-            return Gone(_frame_id(fields[0]))
-        case _Code.FINISHED:
-            return Finished()
-        case _Code.REFUSAL:
-            reason = _text(fields[0], MAX_REASON_CHARS, "reason")
-            if not _REASON.fullmatch(reason):
-                raise MalformedError("a refusal's reason is not a word")
-            return Refusal(reason, _text(fields[1], MAX_WHY_CHARS, "refusal's sentence"))
-        case _Code.CATCH_UP:
-            incarnation, step, raw_afresh = fields
-            afresh = _checked(raw_afresh, bool, "wish for a new keyframe")
-            if incarnation is None and step is None:
-                return CatchUp(None, afresh)
-            return CatchUp(
-                Version(_number(incarnation, "held incarnation"), _number(step, "held step")), afresh
-            )
+        version = fields.number(values[0], "protocol version")
+        return Hello(version, "", bytes(DIGEST_BYTES), bytes(DIGEST_BYTES), 0, 0)
+    if len(values) != form.num_fields:
+        raise MalformedError(f"{form.name} has {form.num_fields} fields, not {len(values)}")
+    max_bytes = form.max_bulk_bytes
+    if len(payload) != (1 if max_bytes is None else 2):
+        raise MalformedError(f"{form.name} does not come in {len(payload)} part(s)")
+    if max_bytes is None:
+        return form.decode(*values)
+    if len(payload[1]) > max_bytes:
+        raise OversizedError(f"{form.name} carries {len(payload[1])} bytes, over the cap of {max_bytes}")
+    return form.decode(*values, payload[1])
 
 
-def _pack(code: _Code, *fields: object) -> tuple[bytes]:
-    return (msgpack.packb([int(code), *fields]),)
+def _split(held: Version | None) -> tuple[int | None, int | None]:
+    return (held.incarnation, held.step) if held else (None, None)
 
 
-def _unpack(header: bytes) -> tuple[_Code, list[Any]]:
+def _pack(code: _Code, *values: object) -> tuple[bytes]:
+    return (msgpack.packb([int(code), *values]),)
+
+
+def _unpack(header: bytes) -> list[Any]:
+    """The fields of a message after its type code, which is a number."""
     if len(header) > MAX_HEADER_BYTES:
         raise OversizedError(
             f"a message's first part has {len(header)} bytes, over the cap of {MAX_HEADER_BYTES}"
         )
     try:
-        fields = msgpack.unpackb(
+        values = msgpack.unpackb(
             header,
             max_array_len=MAX_WANT_INDICES,
-            max_bin_len=SIGNATURE_BYTES,
+            max_bin_len=MAX_HEADER_BYTES,
             max_str_len=4 * MAX_WHY_CHARS,
             max_map_len=0,
             max_ext_len=0,
         )
     except (ValueError, msgpack.UnpackException) as error:
         raise MalformedError(f"a message does not parse: {str(error) or type(error).__name__}") from None
-    if type(fields) is not list or not fields or type(fields[0]) is not int:
+    if type(values) is not list or not values or type(values[0]) is not int:
         raise MalformedError("a message must be an array that starts with its type code")
-    try:
-        return _Code(fields[0]), fields[1:]
-    except ValueError:
-        raise MalformedError(f"no message has the type code {fields[0]}") from None
+    return values
 
 
-def _bulk(code: _Code, parts: Sequence[bytes]) -> bytes:
-    max_bytes = _MAX_BULK_BYTES.get(code)
-    if len(parts) != (0 if max_bytes is None else 1):
-        raise MalformedError(f"{code.name} does not come in {1 + len(parts)} part(s)")
-    if max_bytes is None:
-        return b""
-    if len(parts[0]) > max_bytes:
-        raise OversizedError(f"{code.name} carries {len(parts[0])} bytes, over the cap of {max_bytes}")
-    return parts[0]
+def _reason(value: object) -> str:
+    reason = fields.text(value, MAX_REASON_CHARS, "reason")
+    if not _REASON.fullmatch(reason):
+        raise MalformedError("a refusal's reason is not a word")
+    return reason
 
 
-def _checked(value: object, kind: type[_T], what: str) -> _T:
-    if type(value) is not kind:  # exactly: a bool is an int for isinstance
-        raise MalformedError(f"a {what} must be of type {kind.__name__}")
-    return value
+class _Form(NamedTuple):
+    """How a message is laid out: the fields after its code, the cap of its bulk (None: it has none), and what makes it of
+    all of them, in their order."""
+
+    name: str
+    num_fields: int
+    max_bulk_bytes: int | None
+    decode: Callable[..., Message]
 
 
-def _number(value: object, what: str) -> int:
-    number = _checked(value, int, what)
-    if not 0 <= number <= MAX_COUNTER:
-        raise MalformedError(f"a {what} must be between 0 and {MAX_COUNTER}")
-    return number
-
-
-def _bytes(value: object, num_bytes: int, what: str) -> bytes:
-    raw = _checked(value, bytes, what)
-    if len(raw) != num_bytes:
-        raise MalformedError(f"a {what} has {num_bytes} bytes, not {len(raw)}")
-    return raw
-
-
-def _text(value: object, max_chars: int, what: str) -> str:
-    text = _checked(value, str, what)
-    if len(text) > max_chars:
-        raise OversizedError(f"a {what} of {len(text)} characters is over the cap of {max_chars}")
-    if not text.isprintable():  # it will be shown on somebody's terminal
-        raise MalformedError(f"a {what} must be printable")
-    return text
-
-
-def _num_more(value: object) -> int | None:
-    if value is None:
-        return None
-    num_more = _number(value, "number of frames that follow")
-    if num_more >= MAX_CHAIN_FRAMES:
-        raise MalformedError(f"a path has at most {MAX_CHAIN_FRAMES} frames")
-    return num_more
-
-
-def _frame_id(value: object) -> str:
-    return _bytes(value, DIGEST_BYTES, "frame id").hex()
-
-
-def _indices(value: object) -> tuple[int, ...]:
-    indices = tuple(_number(index, "chunk index") for index in _checked(value, list, "list of chunk indices"))
-    if not indices or any(a >= b for a, b in itertools.pairwise(indices)):
-        raise MalformedError("wanted chunk indices must be ascending, and at least one")
-    return indices
+_HELLO = int(_Code.HELLO)
+_FORMS = {
+    int(code): _Form(code.name, num_fields, max_bulk_bytes, decode)
+    for code, num_fields, max_bulk_bytes, decode in (
+        (
+            _Code.HELLO,
+            6,
+            None,
+            lambda version, run, members, topology, incarnation, yours: Hello(
+                fields.number(version, "protocol version"),
+                fields.text(run, MAX_NAME_CHARS, "run name"),
+                fields.raw(members, DIGEST_BYTES, "members digest"),
+                fields.raw(topology, DIGEST_BYTES, "topology digest"),
+                fields.number(incarnation, "incarnation"),
+                fields.number(yours, "known incarnation"),
+            ),
+        ),
+        (
+            _Code.ANNOUNCE,
+            3,
+            MAX_MANIFEST_BYTES,
+            lambda signature, num_more, has_all, body: Announce(
+                body,
+                fields.raw(signature, SIGNATURE_BYTES, "signature"),
+                fields.num_more(num_more),
+                fields.exactly(has_all, bool, "claim to hold a frame"),
+            ),
+        ),
+        (_Code.WANT, 2, None, lambda frame, indices: Want(fields.frame_id(frame), fields.indices(indices))),
+        (
+            _Code.CHUNK,
+            2,
+            MAX_CHUNK_BYTES,
+            lambda frame, index, data: Chunk(
+                fields.frame_id(frame), fields.number(index, "chunk index"), data
+            ),
+        ),
+        (_Code.GONE, 1, None, lambda frame: Gone(fields.frame_id(frame))),
+        (_Code.FINISHED, 0, None, Finished),
+        (
+            _Code.REFUSAL,
+            2,
+            None,
+            lambda reason, why: Refusal(
+                _reason(reason), fields.text(why, MAX_WHY_CHARS, "refusal's sentence")
+            ),
+        ),
+        (
+            _Code.CATCH_UP,
+            4,
+            None,
+            lambda incarnation, step, afresh, origin: CatchUp(
+                fields.held(incarnation, step),
+                fields.exactly(afresh, bool, "wish for a new keyframe"),
+                None if origin is None else fields.origin(origin),
+            ),
+        ),
+        (_Code.NO_PATH, 1, None, lambda origin: NoPath(fields.origin(origin))),
+        (
+            _Code.HAVE,
+            2,
+            None,
+            lambda frame, chunks: Have(fields.frame_id(frame), fields.bitmap(chunks, MAX_HAVE_BYTES)),
+        ),
+        (
+            _Code.FOLLOW,
+            4,
+            None,
+            lambda origin, incarnation, step, known: Follow(
+                fields.origin(origin),
+                fields.held(incarnation, step),
+                fields.number(known, "known incarnation"),
+            ),
+        ),
+        (_Code.UNFOLLOW, 1, None, lambda origin: Unfollow(fields.origin(origin))),
+        (_Code.PING, 1, None, lambda nonce: Ping(fields.number(nonce, "nonce"))),
+        (_Code.PONG, 1, None, lambda nonce: Pong(fields.number(nonce, "nonce"))),
+    )
+}

@@ -6,10 +6,10 @@ plan has not begun to arrive; a download that has begun is finished first, so th
 begun to arrive is completed.
 
 Where what is announced does not lead on from what is held or planned, where the plan has grown dearer than a checkpoint, or
-where a frame of it cannot be had, the origin is asked for a path, which takes the plan's place. That is done between two
-downloads and not during one: over a slow link the answer would be out of date when it is needed, and a keyframe made for it
-in vain. Only one such request is under way at a time, and only a few are made until the origin announces something new or
-the plan gets on: an origin that cannot help is not asked in a loop.
+where a frame of it cannot be had, the origin is asked for a path, which takes the plan's place; where the origin is not
+there, a peer that holds frames of it is. That is done between two downloads and not during one: over a slow link the answer
+would be out of date when it is needed, and a keyframe made for it in vain. Only one such request is under way at a time,
+and only a few are made until something new is announced or the plan gets on: who cannot help is not asked in a loop.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from p2pcodistill.checkpoint.chain import MAX_CHAIN_FRAMES
-from p2pcodistill.checkpoint.manifest import SignedManifest, Version
+from p2pcodistill.checkpoint.manifest import MAX_MANIFEST_BYTES, SignedManifest, Version
 from p2pcodistill.gossip.download import Download, Offer
 from p2pcodistill.gossip.messages import CatchUp
 
 MAX_REQUESTS_WITHOUT_NEWS = 8
 """How often a path is asked for without anything new being announced or a higher version being reached."""
+MAX_PLAN_MANIFEST_BYTES = 4 * MAX_MANIFEST_BYTES
+"""Of all manifests of a plan, or of a path: no origin can make this site hold more of them. An honest path costs about as
+much as two keyframes at most, and so do its manifests."""
 
 
 class Plan:
@@ -32,11 +35,14 @@ class Plan:
         self.held = held
         self.offers: list[Offer] = []
         self.download: Download | None = None
+        self.holders: dict[str, None] = {}
+        """The peers other than the origin that have told of frames in their current session."""
         self.asked: CatchUp | None = None
+        self.asked_of: str | None = None
         self._reached = held  # the highest version that the store's chain has led to
         self._needs_path = False
         self._num_requests = 0  # without news
-        self._unavailable: dict[str, None] = {}  # frames that could not be had in this session
+        self._unavailable: dict[str, tuple[str, ...]] = {}  # frames that these peers could not send
         self._is_broken = False  # what led to what was held cannot be applied
         self._is_mending = False  # a broken chain is being replaced, and nothing new was announced meanwhile
 
@@ -50,21 +56,31 @@ class Plan:
         """Whether the next frame of the plan does without the head."""
         return len(self.offers) > 1 and self.offers[1].base in (None, self.held)
 
-    # --- what the origin says ----------------------------------------------------------------------------------------
+    def find(self, frame_id: str) -> Offer | None:
+        """What is planned under this name."""
+        return next((offer for offer in self.offers if offer.signed.frame_id == frame_id), None)
 
-    def announce(self, peer: str, signed: SignedManifest) -> None:
-        """`peer` holds this frame, the newest of its origin."""
+    # --- what peers say ----------------------------------------------------------------------------------------------
+
+    def announce(self, peer: str, signed: SignedManifest, *, has_all: bool = True) -> bool:
+        """`peer` holds this frame, the newest of its origin, or a part of it. Whether that changes anything."""
         frame_id = signed.frame_id
-        planned = self._find(frame_id)
+        if peer == signed.manifest.origin:
+            for offer in self.offers:  # it has published them all; what it does not hold any more it will say
+                if peer not in offer.lost:
+                    offer.add(peer)
+        planned = self.find(frame_id)
         if planned is not None:
-            planned.num_bad_chunks_of.setdefault(peer, 0)
-            return
+            planned.add(peer, has_all=has_all)
+            return True
         last = self.offers[-1].version if self.offers else self.held
-        if frame_id in self._unavailable or (last is not None and signed.version <= last):
-            return
+        if peer in self._unavailable.get(frame_id, ()) or (last is not None and signed.version <= last):
+            return bool(self.offers)
+        self._unavailable.pop(frame_id, None)
         self._is_mending = False
         self._num_requests = 0
-        offer = Offer(signed, frame_id, {peer: 0})
+        offer = Offer(signed, {})
+        offer.add(peer, has_all=has_all)
         if signed.base is None:
             self._needs_path = False
             self.offers = [*self._fetched_head(), offer]
@@ -73,14 +89,15 @@ class Plan:
             self._shorten(max_bytes=signed.manifest.num_fp16_bytes)
         else:
             self._needs_path = True
+        return True
 
-    def follow(self, peer: str, path: Sequence[SignedManifest]) -> None:
+    def follow(self, peer: str, path: Sequence[SignedManifest], *, has_all: bool = True) -> None:
         """`peer` answered what was asked with these frames, oldest first."""
         asked, self.asked = self.asked, None
-        offers = [self._find(signed.frame_id) or Offer(signed, signed.frame_id, {}) for signed in path]
+        offers = [self.find(signed.frame_id) or Offer(signed, {}) for signed in path]
         for offer in offers:
-            offer.num_bad_chunks_of.setdefault(peer, 0)
-        if any(offer.frame_id in self._unavailable for offer in offers):
+            offer.add(peer, has_all=has_all)
+        if any(peer in self._unavailable.get(offer.frame_id, ()) for offer in offers):
             # There is no way without them. If this was the way from nothing, only what comes next can help.
             self._needs_path = asked is not None and asked.held is not None
             return
@@ -93,20 +110,48 @@ class Plan:
                 return
         self._needs_path = True  # it leads on from what has been lost since
 
-    def close(self) -> None:
-        """The session with the origin is over. A new one begins with an announcement, from which all else follows."""
-        self.asked = None
-        self._needs_path = False
-        self._num_requests = 0
-        self._unavailable.clear()
+    def forgo(self, *, is_needed: bool = False) -> None:
+        """What was asked will not be answered; `is_needed`: somebody else may be asked for it."""
+        if self.asked is not None:
+            self.asked = None
+            self._needs_path |= is_needed
 
-    def ask(self) -> CatchUp | None:
-        """What to ask of the origin now that nothing is arriving from it, if anything; it counts as asked."""
-        if not self._needs_path or self.asked is not None or self._num_requests == MAX_REQUESTS_WITHOUT_NEWS:
+    def close(self, peer: str, *, is_origin: bool) -> None:
+        """A session is over. A new one with the origin begins with an announcement, from which all else follows."""
+        self.holders.pop(peer, None)
+        if is_origin:
+            needs_path = self._needs_path or self.asked is not None
+            self.asked = None
+            self._needs_path = needs_path and bool(self.holders)
+            self._num_requests = 0
+            self._unavailable.clear()
+        elif self.asked_of == peer:
+            self.forgo(is_needed=True)
+
+    @property
+    def is_path_due(self) -> bool:
+        """Whether somebody is to be asked for a path."""
+        return self._needs_path and self.asked is None and self._num_requests < MAX_REQUESTS_WITHOUT_NEWS
+
+    def need_path(self) -> None:
+        """Another way has to be found."""
+        self._needs_path = True
+
+    def need_path_for(self, request: CatchUp) -> None:
+        """A peer that this site relays for needs a path. What it asks for takes the place of what was planned."""
+        self._needs_path = True
+        self._num_requests = 0
+        self.held, self._is_broken = request.held, request.afresh
+        self.offers = self._fetched_head()
+
+    def ask(self, peer: str, *, origin: str | None = None) -> CatchUp | None:
+        """What to ask of `peer`, if a path is due; it counts as asked. `origin` is None if the peer is the origin."""
+        if not self.is_path_due:
             return None
         self._needs_path = False
         self._num_requests += 1
-        self.asked = CatchUp(None if self._unavailable else self.held, afresh=self._is_broken)
+        self.asked_of = peer
+        self.asked = CatchUp(None if self._unavailable else self.held, self._is_broken, origin)
         return self.asked
 
     # --- what becomes of its head ------------------------------------------------------------------------------------
@@ -143,7 +188,8 @@ class Plan:
 
     def lose_head(self) -> None:
         """Nobody can send the head."""
-        self._unavailable[self.offers.pop(0).frame_id] = None
+        head = self.offers.pop(0)
+        self._unavailable[head.frame_id] = (*head.lost, *head.sources)
         self._drop_dangling()
         if not self.offers:
             self._needs_path = True
@@ -159,17 +205,16 @@ class Plan:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _find(self, frame_id: str) -> Offer | None:
-        return next((offer for offer in self.offers if offer.frame_id == frame_id), None)
-
     def _shorten(self, *, max_bytes: int) -> None:
-        """Leave the delta frames that wait to a later path if they are more than `max_bytes` or too many: the origin will
-        not have kept them all, and a keyframe costs less."""
+        """Leave the delta frames that wait to a later path if they are more than `max_bytes`, or too many: the origin will
+        not have kept them all, and a keyframe costs less. The same where their manifests would take too much memory."""
         num_kept = 1 + max(
             (index for index, offer in enumerate(self.offers) if offer.base is None), default=0
         )
         waiting = self.offers[num_kept:]
-        if len(waiting) >= MAX_CHAIN_FRAMES or sum(offer.signed.num_bytes for offer in waiting) > max_bytes:
+        is_dear = sum(offer.signed.num_bytes for offer in waiting) > max_bytes
+        is_large = sum(len(offer.signed.body) for offer in self.offers) > MAX_PLAN_MANIFEST_BYTES
+        if len(waiting) >= MAX_CHAIN_FRAMES or is_dear or is_large:
             self.offers = self.offers[:num_kept]
             self._needs_path = True
 

@@ -4,9 +4,10 @@ No I/O, no clock, no randomness: the same events at the same times give the same
 from links in memory or from a simulation in virtual time. Nothing that a peer sends raises: what is not acceptable is
 refused, reported and forgotten.
 
-`membership` says who may speak, `announce` what teachers have, `transfer` and `plan` what to fetch, `publishing` what
-students are told, `serving` what they are given; this module joins them and is what the rest of the package imports
-(events and actions included).
+`membership` says who may speak, `trust` who may not any more, `health` who is alive; `announce` what teachers have,
+`transfer` and `plan` what to fetch, `publishing` what students are told, `serving` what they are given, `passing` what is
+done with the frames of others. This module joins them and is what the rest of the package imports (events and actions
+included).
 """
 
 from __future__ import annotations
@@ -14,9 +15,26 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from p2pcodistill import telemetry
-from p2pcodistill.checkpoint.manifest import MAX_CHUNK_BYTES, SignedManifest, Version
-from p2pcodistill.errors import HelloMismatchError, MalformedError, RefusedError, UnknownPeerError
-from p2pcodistill.gossip.announce import Accepted, Announcements
+from p2pcodistill.checkpoint.manifest import (
+    MAX_CHUNK_BYTES,
+    SignedManifest,
+    Version,
+    claimed_origin,
+    verify_manifest,
+)
+from p2pcodistill.errors import (
+    ChecksumError,
+    HelloMismatchError,
+    MalformedError,
+    OversizedError,
+    QuarantinedError,
+    RefusedError,
+    ReplayedError,
+    RevokedError,
+    SchemaMismatchError,
+    UnknownPeerError,
+)
+from p2pcodistill.gossip.announce import Accepted, Announcements, Verify
 from p2pcodistill.gossip.events import (
     AbandonFrame,
     Action,
@@ -32,6 +50,8 @@ from p2pcodistill.gossip.events import (
     FrameStored,
     IncarnationRaised,
     KeyframeUnavailable,
+    MemberRestored,
+    MemberRevoked,
     OfferFrame,
     PayloadReceived,
     PeerClosed,
@@ -47,6 +67,7 @@ from p2pcodistill.gossip.events import (
     TrainingFinished,
     send,
 )
+from p2pcodistill.gossip.health import Health
 from p2pcodistill.gossip.membership import Membership, SessionState, members_digest
 from p2pcodistill.gossip.messages import (
     MAX_WHY_CHARS,
@@ -54,17 +75,28 @@ from p2pcodistill.gossip.messages import (
     CatchUp,
     Chunk,
     Finished,
+    Follow,
     Gone,
+    Have,
     Hello,
     Message,
+    NoPath,
     Payload,
+    Ping,
+    Pong,
     Refusal,
+    Unfollow,
     Want,
     decode_message,
 )
+from p2pcodistill.gossip.passing import Passing
 from p2pcodistill.gossip.publishing import Publishing
+from p2pcodistill.gossip.relay import MAX_FOLLOWERS
 from p2pcodistill.gossip.serving import Serving
+from p2pcodistill.gossip.sharing import Sharing
 from p2pcodistill.gossip.transfer import Transfers
+from p2pcodistill.gossip.trust import MAX_REFUSALS, Trust
+from p2pcodistill.gossip.window import LinkEstimate
 from p2pcodistill.identity import PublicIdentity
 
 __all__ = [
@@ -83,6 +115,8 @@ __all__ = [
     "Gossip",
     "IncarnationRaised",
     "KeyframeUnavailable",
+    "MemberRestored",
+    "MemberRevoked",
     "OfferFrame",
     "PayloadReceived",
     "PeerClosed",
@@ -99,8 +133,11 @@ __all__ = [
     "members_digest",
 ]
 
-DEFAULT_WINDOW_BYTES = MAX_CHUNK_BYTES
+DEFAULT_WINDOW_BYTES = 8 * MAX_CHUNK_BYTES
+"""What a link of 1 Gbit/s holds at a round trip of a quarter of a second. A window is as large as its link makes it."""
 DEFAULT_STALL_TIMEOUT_S = 10.0
+DEFAULT_RELAY_AFTER_S = 10.0
+DEFAULT_PING_INTERVAL_S = 5.0
 
 
 class Gossip:
@@ -112,6 +149,11 @@ class Gossip:
     and `incarnation` and `pinned_schemas` speak for themselves. Announced frames of more than `max_frame_bytes` are
     refused. At most `window_bytes` are asked of a peer and not yet received, and nobody may want more
     of this site in one message; requests of a peer that is silent for `stall_timeout_s` are made anew.
+
+    `students_of` names for every member those that may ever learn from it (it is only read, and kept as it is), `chains`
+    holds what the store has of other origins, those frames that the origin itself signed: so students of one origin help
+    each other. A teacher without a session for `relay_after_s` is asked for through others; whether this site does as much
+    for them, `relay` says. A peer that is silent for `ping_interval_s` is pinged. `verify` makes out every manifest.
     """
 
     def __init__(
@@ -131,12 +173,20 @@ class Gossip:
         max_frame_bytes: int,
         window_bytes: int = DEFAULT_WINDOW_BYTES,
         stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
+        students_of: Mapping[str, Collection[str]] | None = None,
+        chains: Mapping[str, Sequence[SignedManifest]] | None = None,
+        relay: bool = True,
+        relay_after_s: float = DEFAULT_RELAY_AFTER_S,
+        ping_interval_s: float = DEFAULT_PING_INTERVAL_S,
+        verify: Verify = verify_manifest,
     ) -> None:
         neighbours = (*teachers, *students)
         if site not in members or site in neighbours or any(peer not in members for peer in neighbours):
             raise ValueError("a site and its neighbours are members of the run, and nobody neighbours itself")
         self._site = site
-        self._students = tuple(member for member in members if member in students)
+        is_student = frozenset(students)
+        self._students = tuple(member for member in members if member in is_student)
+        self._followers: dict[str, None] = {}  # peers that relay this site's frames to its students
         self._membership = Membership(
             run=run,
             members=tuple(members),
@@ -146,21 +196,41 @@ class Gossip:
         )
         self._announcements = Announcements(
             run=run,
-            teachers={member: public for member, public in members.items() if member in teachers},
+            teachers={teacher: members[teacher] for teacher in teachers},
             held=held,
             pinned_schemas=pinned_schemas,
             max_chunk_bytes=window_bytes,
             max_frame_bytes=max_frame_bytes,
+            verify=verify,
         )
+        sharing = Sharing(site, {} if students_of is None else students_of, chains or {})
         self._transfers = Transfers(
-            {member: held[member] for member in members if member in teachers and member in held},
+            {teacher: held[teacher] for teacher in teachers if teacher in held},
             window_bytes=window_bytes,
             stall_timeout_s=stall_timeout_s,
+            share_of=sharing.share_of,
         )
+        self._sharing = sharing
+        self._passing = Passing(
+            members=members,
+            teachers=teachers,
+            sharing=sharing,
+            transfers=self._transfers,
+            announcements=self._announcements,
+            is_ready=self._membership.is_ready,
+            relays=relay,
+            relay_after_s=relay_after_s,
+        )
+        self._trust = Trust()
+        self._health = Health(ping_interval_s=ping_interval_s)
         self._publishing = Publishing(own_frames)
+        self._public = members[site]
+        self._reminded: dict[str, str] = {}  # what was shown to origins that have lost their memory
         self._believed: set[str] = set()  # peers that told of a past life of this site
-        self._serving = Serving(window_bytes=window_bytes)
+        self._serving = Serving(window_bytes=window_bytes, download_of=self._transfers.download_of)
         self._serving.hold(site, self._publishing.kept, now_s=0.0)
+        for origin, frames in (chains or {}).items():
+            self._serving.hold(origin, frames, now_s=0.0)
 
     @property
     def incarnation(self) -> int:
@@ -169,26 +239,59 @@ class Gossip:
 
     @property
     def peers_ready(self) -> tuple[str, ...]:
-        """The peers whose hello was accepted in the current session, in member order."""
+        """The peers whose hello was accepted in the current session, in the order of their hellos."""
         return self._membership.ready_peers
 
     @property
     def students_finished(self) -> bool:
-        """Whether every student said, in any session, that its training is over."""
-        return all(map(self._membership.is_finished, self._students))
+        """Whether every student said, in any session, that its training is over; of those that are trusted."""
+        return all(
+            self._membership.is_finished(student) or self._trust.is_revoked(student)
+            for student in self._students
+        )
+
+    @property
+    def links(self) -> dict[str, LinkEstimate]:
+        """What downloads have shown of the links with peers."""
+        return self._transfers.links
+
+    @property
+    def suspects(self) -> tuple[str, ...]:
+        """The ready peers that have not answered for a while."""
+        return self._health.suspects
+
+    @property
+    def relayed_origins(self) -> tuple[str, ...]:
+        """The origins whose frames this site holds for others alone."""
+        return self._passing.relayed_origins
 
     def frames_in_use(self, now_s: float) -> frozenset[str]:
-        """The frames that the store must not prune: this site's own chain, and what is being fetched, here or by a peer."""
+        """The frames that the store must not prune: this site's own chain, what it relays, and what is being fetched, here
+        or by a peer."""
         own = (signed.frame_id for signed in self._publishing.kept)
-        return frozenset((*own, *self._transfers.fetching, *self._serving.in_use(now_s)))
+        relayed = (s.frame_id for origin in self.relayed_origins for s in self._sharing.frames_of(origin))
+        return frozenset((*own, *relayed, *self._transfers.fetching, *self._serving.in_use(now_s)))
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """What follows from `event`, in order. `now_s` is monotonic; only differences matter."""
         actions = self._handle(event, now_s)
-        return actions + self._transfers.next_actions(now_s)
+        for action in self._transfers.next_actions(now_s):
+            actions.append(action)
+            if isinstance(action, AbandonFrame):
+                actions += self._sharing.abandon(action.frame_id)
+        return actions
 
     def _handle(self, event: Event, now_s: float) -> list[Action]:
         match event:
+            case PayloadReceived(peer, payload):  # by far the most
+                try:
+                    return self._receive(peer, payload, now_s)
+                except RefusedError as error:
+                    return self._refuse(peer, error, now_s)
+            case FetchBegun(frame_id, present):
+                self._transfers.begin(frame_id, present)
+            case FrameStored(frame_id, held):
+                return self._offer_stored(frame_id, held, now_s)
             case PeerOpened(peer):
                 leaving = self._leave(peer, "a new session took its place", now_s)
                 known = self._announcements.known_incarnation(peer)
@@ -197,20 +300,10 @@ class Gossip:
                 leaving = self._leave(peer, why, now_s)
                 self._membership.close(peer)
                 return leaving
-            case PayloadReceived(peer, payload):
-                try:
-                    return self._receive(peer, payload, now_s)
-                except RefusedError as error:
-                    return [_refused(peer, error)]
             case FrameLost(frame_id):
-                self._publishing.lose(frame_id)
-                self._serving.hold(self._site, self._publishing.kept, now_s)
+                self._lose(frame_id, now_s)
             case FramePublished(signed):
                 return self._publish(signed, now_s)
-            case FetchBegun(frame_id, present):
-                self._transfers.begin(frame_id, present)
-            case FrameStored(frame_id, held):
-                return self._offer_stored(frame_id, held, now_s)
             case FetchRefused(frame_id, reason, why):
                 return self._give_up(frame_id, reason, why)
             case ChainBroken(origin):
@@ -223,20 +316,42 @@ class Gossip:
                 return [*(send(peer, Finished()) for peer in self.peers_ready), *self._answer_waiting()]
             case IncarnationRaised(incarnation):
                 self._membership.raise_incarnation(incarnation)
+            case MemberRevoked(member, why):
+                return self._revoke(member, why, now_s)
+            case MemberRestored(member):
+                self._trust.restore(member)
+                report = Report(telemetry.MemberTrustChanged(member, True, "restored"))
+                restored = self._passing.restore(member, self.peers_ready, now_s)
+                return [report, *restored, *self._greet_again(member)]
             case Ticked():
-                self._transfers.tick(now_s)
+                return self._tick(now_s)
         return []
+
+    def _tick(self, now_s: float) -> list[Action]:
+        self._transfers.tick(now_s)
+        actions: list[Action] = []
+        pings, suspected = self._health.tick(now_s)
+        for peer, ping in pings:
+            actions.append(send(peer, ping))
+        for event in suspected:
+            self._transfers.suspect(event.peer, is_suspect=True)
+            actions.append(Report(event))
+        for peer in self._trust.take_released(now_s):
+            actions += self._greet_again(peer)
+        return actions + self._passing.tick(self.peers_ready, now_s)
 
     # --- sessions --------------------------------------------------------------------------------------------
 
     def _leave(self, peer: str, why: str, now_s: float) -> list[Action]:
-        if self._membership.state_of(peer) is not SessionState.READY:
+        if not self._membership.is_ready(peer):
             return []
         self._announcements.close(peer)
         self._transfers.close(peer)
         self._publishing.close(peer)
         self._serving.close(peer, now_s)
-        return [Report(telemetry.PeerDisconnected(peer, why))]
+        self._health.close(peer)
+        self._followers.pop(peer, None)
+        return [*self._passing.close(peer, now_s), Report(telemetry.PeerDisconnected(peer, why))]
 
     def _receive(self, peer: str, payload: Payload, now_s: float) -> list[Action]:
         match self._membership.state_of(peer):
@@ -244,30 +359,84 @@ class Gossip:
                 message = decode_message(payload)
                 if not isinstance(message, Hello):
                     raise MalformedError(f"{peer} sent {type(message).__name__} before its hello")
-                return self._greet(peer, message)
+                return self._greet(peer, message, now_s)
             case SessionState.READY:
-                return self._obey(peer, decode_message(payload), now_s)
-            case _:  # the session was refused, or is over: not even worth decoding
-                return []
+                message = decode_message(payload)
+                recovered = self._health.hear(peer, now_s)
+                if recovered is not None:
+                    self._transfers.suspect(peer, is_suspect=False)
+                    return [Report(recovered), *self._obey(peer, message, now_s)]
+                return self._obey(peer, message, now_s)
+            case SessionState.REFUSED_BY_PEER:
+                message = decode_message(payload)
+                if isinstance(message, Hello):  # it has changed its mind
+                    return [*self._greet_again(peer), *self._greet(peer, message, now_s)]
+        return []  # the session was refused, or is over: not even worth decoding
 
-    def _greet(self, peer: str, hello: Hello) -> list[Action]:
+    def _greet(self, peer: str, hello: Hello, now_s: float) -> list[Action]:
         try:
+            self._trust.check(peer, now_s)
             self._membership.accept(peer, hello)
-        except HelloMismatchError as error:
-            self._membership.refuse(peer)
-            return [send(peer, Refusal(error.reason, str(error)[:MAX_WHY_CHARS])), _refused(peer, error)]
+        except (HelloMismatchError, QuarantinedError, RevokedError) as error:
+            return self._shut_out(peer, error, now_s)
         self._transfers.open(peer)
         actions: list[Action] = [Report(telemetry.PeerConnected(peer))]
+        ping = self._health.open(peer, now_s)
+        if ping is not None:
+            actions.append(send(peer, ping))
         actions += self._raise_incarnation(peer, hello.known_incarnation_of_you)
         if peer in self._students:
             actions += self._announce_to(peer)
         if self._membership.has_finished:
             actions.append(send(peer, Finished()))
+        return actions + self._passing.open(peer)
+
+    def _greet_again(self, peer: str) -> list[Action]:
+        """One side refused the session, and does so no more: it begins once more."""
+        if self._membership.state_of(peer) not in (SessionState.REFUSED, SessionState.REFUSED_BY_PEER):
+            return []
+        known = self._announcements.known_incarnation(peer)
+        return [send(peer, self._membership.open(peer, known_incarnation=known))]
+
+    def _shut_out(self, peer: str, error: RefusedError, now_s: float) -> list[Action]:
+        """Refuse the session, and say so."""
+        leaving = self._leave(peer, str(error), now_s)
+        self._membership.refuse(peer)
+        return [
+            *leaving,
+            send(peer, Refusal(error.reason, str(error)[:MAX_WHY_CHARS])),
+            Report(telemetry.Refused(peer, error.reason, str(error))),
+        ]
+
+    def _refuse(self, peer: str, error: RefusedError, now_s: float) -> list[Action]:
+        """Something that `peer` sent is refused. If that happens all the time, it is not listened to for a while."""
+        refused = Report(telemetry.Refused(peer, error.reason, str(error)))
+        return [refused, *self._count_refusal(peer, error.reason, now_s)]
+
+    def _count_refusal(self, peer: str, reason: str, now_s: float) -> list[Action]:
+        duration_s = self._trust.count_refusal(peer, reason, now_s)
+        if duration_s is None:
+            return []
+        actions: list[Action] = [Report(telemetry.PeerQuarantined(peer, reason, MAX_REFUSALS, duration_s))]
+        try:
+            self._trust.check(peer, now_s)
+        except QuarantinedError as error:
+            actions += self._shut_out(peer, error, now_s)
         return actions
+
+    def _revoke(self, member: str, why: str, now_s: float) -> list[Action]:
+        self._trust.revoke(member, why)
+        actions: list[Action] = [Report(telemetry.MemberTrustChanged(member, False, why))]
+        if self._membership.state_of(member) in (SessionState.AWAITING_HELLO, SessionState.READY):
+            try:
+                self._trust.check(member, now_s)
+            except RevokedError as error:
+                actions += self._shut_out(member, error, now_s)
+        return actions + self._passing.revoke(member)
 
     def _raise_incarnation(self, peer: str, known_incarnation: int) -> list[Action]:
         is_newer = known_incarnation >= self.incarnation
-        if not (is_newer and self._publishing.is_from_past_life(peer, known_incarnation)):
+        if not (is_newer and self._publishing.is_from_past_life(known_incarnation)):
             return []
         if peer in self._believed:  # a past life can be remembered only once: this one keeps us busy
             return []
@@ -278,23 +447,44 @@ class Gossip:
     # --- messages of ready peers -------------------------------------------------------------------------------
 
     def _obey(self, peer: str, message: Message, now_s: float) -> list[Action]:
+        if type(message) is not Chunk:
+            self._trust.count_message(peer, now_s)
         match message:
-            case Announce(num_more=None):
-                accepted = self._announcements.accept(peer, message)
-                self._transfers.announce(peer, accepted.frames[-1])
-                return self._note(accepted)
-            case Announce():
-                return self._follow(peer, message)
-            case CatchUp():
-                if peer not in self._students:
-                    raise UnknownPeerError(f"{peer} asked for a path, but is no student of this site")
-                return self._answer(peer, message, at_any_price=self._membership.has_finished)
+            case Chunk():
+                return self._take(peer, message, now_s)
             case Want(frame_id, indices):
                 if not self._serving.want(peer, message):
                     return [send(peer, Gone(frame_id))]
                 return [ServeChunk(peer, frame_id, index) for index in indices]
-            case Chunk():
-                return self._transfers.receive(peer, message, now_s)
+            case Announce():
+                return self._hear(peer, message, now_s)
+            case CatchUp(origin=None):
+                if peer not in self._students and peer not in self._followers:
+                    raise UnknownPeerError(f"{peer} asked for a path, but is no student of this site")
+                return self._answer(peer, message, at_any_price=self._membership.has_finished)
+            case CatchUp():
+                return self._passing.answer(peer, message)
+            case NoPath(origin):
+                return self._passing.find_no_path(peer, origin)
+            case Have():
+                self._passing.have(peer, message)
+            case Follow(origin):
+                return (
+                    self._be_followed(peer, message)
+                    if origin == self._site
+                    else (self._passing.follow(peer, message))
+                )
+            case Unfollow(origin):
+                if origin == self._site:
+                    self._followers.pop(peer, None)
+                else:
+                    self._passing.unfollow(peer, origin, now_s)
+            case Ping(nonce):
+                return [send(peer, Pong(nonce))]
+            case Pong():
+                rtt_s = self._health.answer(peer, message, now_s)
+                if rtt_s is not None:
+                    self._transfers.observe_rtt(peer, rtt_s)
             case Gone(frame_id):
                 self._transfers.lose_source(peer, frame_id)
             case Finished():
@@ -305,32 +495,112 @@ class Gossip:
                 raise MalformedError(f"{peer} sent a second hello in one session")
         return []
 
-    def _follow(self, peer: str, announce: Announce) -> list[Action]:
+    def _hear(self, peer: str, announce: Announce, now_s: float) -> list[Action]:
+        origin = claimed_origin(announce.body)
+        if self._passing.is_over(origin):
+            return []
+        if origin == self._site:
+            return self._recall(peer, announce)
         try:
-            accepted = self._announcements.collect(peer, announce, self._transfers.asked(peer))
+            if announce.num_more is None:
+                accepted = self._announcements.accept(peer, announce)
+                if accepted is None:
+                    # Without a session with the origin only others can tell it what it may have forgotten.
+                    return [] if self._membership.is_ready(origin) else self._passing.remind(peer, origin)
+                self._transfers.announce(peer, accepted.frames[-1], has_all=announce.has_all)
+                return self._note(peer, accepted, has_all=announce.has_all)
+            return self._hear_path(peer, origin, announce)
+        except (OversizedError, ReplayedError, SchemaMismatchError) as error:
+            if peer == origin and isinstance(error, ReplayedError):
+                return [*self._refuse(peer, error, now_s), *self._remind(peer)]
+            if peer == origin:
+                raise
+            return [
+                Report(telemetry.Refused(peer, error.reason, str(error)))
+            ]  # the origin's fault, not the peer's
+
+    def _remind(self, origin: str) -> list[Action]:
+        """`origin` announces what is older than what it signed once: it has lost its memory, and is shown the proof."""
+        newest = self._announcements.newest(origin) or next(iter(self._sharing.frames_of(origin)[-1:]), None)
+        if newest is None or not self._membership.is_ready(origin):
+            return []
+        if self._reminded.get(origin) == newest.frame_id:
+            return []
+        self._reminded[origin] = newest.frame_id
+        return [send(origin, Announce(newest.body, newest.signature))]
+
+    def _recall(self, peer: str, announce: Announce) -> list[Action]:
+        """`peer` shows what this site has signed once. If it knows nothing of that, it begins a new incarnation."""
+        newest = self._publishing.newest_version
+        recalled = self._announcements.verify_own(peer, announce, self._public)
+        version = recalled.version
+        is_past = version.incarnation < self.incarnation or (newest is not None and version < newest)
+        if is_past or recalled.frame_id in [signed.frame_id for signed in self._publishing.kept]:
+            return []
+        why = (
+            f"{peer} knows step {version.step} of incarnation {version.incarnation} of this site, which has no memory "
+            "of it: if its store was not lost, another node runs with its identity"
+        )
+        self._membership.raise_incarnation(version.incarnation + 1)
+        return [
+            Report(telemetry.Refused(None, ReplayedError.reason, why)),
+            RaiseIncarnation(self.incarnation),
+        ]
+
+    def _hear_path(self, peer: str, origin: str, announce: Announce) -> list[Action]:
+        try:
+            asked = self._transfers.asked(peer, origin)
+            accepted = self._announcements.collect(peer, announce, asked)
             if accepted is None:
                 return []
-            self._transfers.follow(peer, accepted.frames)
-            return self._note(accepted)
+            self._transfers.follow(peer, accepted.frames, has_all=announce.has_all)
+            noted = self._note(peer, accepted, has_all=announce.has_all)
+            return noted + self._passing.tell_path(accepted.frames)
         finally:
             if not announce.num_more:
-                self._transfers.forgo(peer)
+                self._transfers.forgo(peer, origin)
 
-    def _note(self, accepted: Accepted) -> list[Action]:
+    def _note(self, peer: str, accepted: Accepted, *, has_all: bool) -> list[Action]:
+        passed = self._passing.announce(peer, accepted.frames, has_all=has_all, is_new=accepted.is_new)
         if not accepted.is_new:
-            return []
+            return passed
         manifest = accepted.frames[-1].manifest
         version = manifest.version
         announced = telemetry.VersionAnnounced(
             manifest.origin, version.incarnation, version.step, manifest.num_bytes
         )
-        pin = [PinSchema(manifest.origin, manifest.schema_hash)] if accepted.pins_schema else []
-        return [*pin, Report(announced)]
+        is_pinned = accepted.pins_schema and not self._passing.is_relayed(manifest.origin)
+        pin = [PinSchema(manifest.origin, manifest.schema_hash)] if is_pinned else []
+        return [*pin, Report(announced), *passed]
+
+    def _take(self, peer: str, chunk: Chunk, now_s: float) -> list[Action]:
+        actions = self._transfers.receive(peer, chunk, now_s)
+        if not actions:
+            return []
+        if isinstance(actions[0], StoreChunk):
+            return actions + self._passing.receive(self._transfers.download_of(chunk.frame_id))
+        return actions + self._count_refusal(peer, ChecksumError.reason, now_s)
+
+    def _be_followed(self, peer: str, request: Follow) -> list[Action]:
+        if peer not in self._followers and len(self._followers) >= MAX_FOLLOWERS:
+            return [send(peer, Unfollow(self._site))]
+        self._followers[peer] = None
+        self._membership.know(peer, request.known_incarnation)
+        return [*self._raise_incarnation(peer, request.known_incarnation), *self._announce_to(peer)]
+
+    def _lose(self, frame_id: str, now_s: float) -> None:
+        origin = self._serving.origin_of(frame_id)
+        if origin == self._site:
+            self._publishing.lose(frame_id)
+        elif origin is not None:
+            self._sharing.lose(frame_id, origin)
+        if origin is not None:
+            self._serving.lose(frame_id, origin, now_s)
 
     def _be_refused(self, peer: str, reason: str, why: str, now_s: float) -> list[Action]:
         why = f"{peer} refuses us: {why}"
         leaving = self._leave(peer, why, now_s)
-        self._membership.refuse(peer)
+        self._membership.refuse(peer, by_peer=True)
         return [*leaving, Report(telemetry.Refused(peer, reason, why))]
 
     # --- frames: this site's own, and those that have arrived ------------------------------------------------------
@@ -340,10 +610,9 @@ class Gossip:
         self._serving.hold(self._site, self._publishing.kept, now_s)
         actions: list[Action] = []
         if is_announced:
-            ready = self.peers_ready
-            actions += [
-                action for peer in self._students if peer in ready for action in self._announce_to(peer)
-            ]
+            for peer in dict.fromkeys((*self._students, *self._followers)):
+                if self._membership.is_ready(peer):
+                    actions += self._announce_to(peer)
         return actions + self._answer_waiting()
 
     def _announce_to(self, peer: str) -> list[Action]:
@@ -362,12 +631,16 @@ class Gossip:
         return [action for peer, asked in waiting for action in self._answer(peer, asked, at_any_price=True)]
 
     def _offer_stored(self, frame_id: str, held: Version | None, now_s: float) -> list[Action]:
-        download = self._transfers.store(frame_id, held)
-        if download is None:
+        download = self._transfers.download_of(frame_id)
+        if download is None or not download.is_completing:
             return []
         signed = download.offer.signed
         manifest = signed.manifest
-        self._serving.hold(manifest.origin, [signed], now_s)
+        is_relayed = self._passing.is_relayed(manifest.origin)
+        # What is relayed need be no chain here: what comes next builds on what came before.
+        self._transfers.store(frame_id, signed.version if is_relayed else held)
+        passed = self._sharing.store(signed, now_s)
+        self._serving.hold(manifest.origin, self._sharing.frames_of(manifest.origin), now_s)
         fetched = telemetry.FrameFetched(
             origin=manifest.origin,
             incarnation=manifest.version.incarnation,
@@ -377,15 +650,13 @@ class Gossip:
             num_resent_bytes=download.num_resent_bytes,
             duration_s=now_s - download.started_s,
         )
-        return [Report(fetched), *([OfferFrame(signed)] if download.leads_further else [])]
+        is_offered = download.leads_further and not is_relayed
+        return [Report(fetched), *([OfferFrame(signed)] if is_offered else []), *passed]
 
     def _give_up(self, frame_id: str, reason: str, why: str) -> list[Action]:
         download = self._transfers.give_up(frame_id)
         if download is None:
             return []
         origin = download.offer.signed.manifest.origin
-        return [AbandonFrame(frame_id), Report(telemetry.Refused(origin, reason, why))]
-
-
-def _refused(peer: str, error: RefusedError) -> Report:
-    return Report(telemetry.Refused(peer, error.reason, str(error)))
+        abandoned = self._sharing.abandon(frame_id)
+        return [AbandonFrame(frame_id), *abandoned, Report(telemetry.Refused(origin, reason, why))]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from p2pcodistill.checkpoint.chain import cheapest_path, worth_keeping
-from p2pcodistill.checkpoint.manifest import SignedManifest
+from p2pcodistill.checkpoint.manifest import SignedManifest, Version
 from p2pcodistill.errors import MalformedError
 from p2pcodistill.gossip.messages import Announce, CatchUp
 
@@ -34,7 +34,7 @@ class Publishing:
         self._keyframe_bytes: int | None = None
         self._keep(frames)
         self._remembered_incarnation = self._newest.version.incarnation if self._newest else 0
-        self._told_incarnation: dict[str, int] = {}
+        self._told_incarnation = 0  # the highest that anybody was told of: peers tell each other
         self._waiting: dict[str, CatchUp] = {}
         self._num_answers: dict[str, int] = {}  # since the last frame was published
         self._num_published_since_request: int | None = None
@@ -44,6 +44,12 @@ class Publishing:
     def kept(self) -> tuple[SignedManifest, ...]:
         """The frames that are announced and served, by version."""
         return tuple(self._kept)
+
+    @property
+    def newest_version(self) -> Version | None:
+        """The newest version that is announced."""
+        newest = self._newest
+        return None if newest is None else newest.version
 
     def publish(self, signed: SignedManifest) -> bool:
         """Take note of a frame. False when it is not to be announced to everyone: it is old, or known by another frame."""
@@ -73,7 +79,7 @@ class Publishing:
         newest = self._newest
         if newest is None or newest.version.incarnation < known_incarnation:
             return None
-        self._told_incarnation[student] = newest.version.incarnation
+        self._told_incarnation = max(self._told_incarnation, newest.version.incarnation)
         return Announce(newest.body, newest.signature)
 
     # --- catching up -----------------------------------------------------------------------------------------------
@@ -105,7 +111,7 @@ class Publishing:
                 self._num_published_since_request = 0
                 self._is_request_due = True
             return []
-        self._told_incarnation[student] = path[-1].version.incarnation
+        self._told_incarnation = max(self._told_incarnation, path[-1].version.incarnation)
         last = len(path) - 1
         return [Announce(signed.body, signed.signature, last - index) for index, signed in enumerate(path)]
 
@@ -120,12 +126,12 @@ class Publishing:
 
     # --- incarnations ----------------------------------------------------------------------------------------------
 
-    def is_from_past_life(self, peer: str, known_incarnation: int) -> bool:
-        """Whether `peer` knows of an incarnation of this site that this site did not tell it, as far as is remembered.
+    def is_from_past_life(self, known_incarnation: int) -> bool:
+        """Whether somebody knows of an incarnation of this site that this site told nobody, as far as is remembered.
 
         What this site published in a life that its store has no memory of must not be mistaken for what it will.
         """
-        return known_incarnation > max(self._remembered_incarnation, self._told_incarnation.get(peer, 0))
+        return known_incarnation > max(self._remembered_incarnation, self._told_incarnation)
 
     # --- inside ----------------------------------------------------------------------------------------------------
 

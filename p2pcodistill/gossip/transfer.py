@@ -1,29 +1,32 @@
-"""Fetching frames: what to ask of whom.
+"""Fetching frames: what to begin, to complete and to give up.
 
 One frame per origin is fetched at a time, the head of its plan (see `plan`), pulled chunk by chunk from the peers that are
-known to hold it.
+known to hold it (see `asking`).
+
+What follows from an event is worked out only for what the event has changed: most change nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from p2pcodistill import telemetry
 from p2pcodistill.checkpoint.manifest import SignedManifest, Version
 from p2pcodistill.errors import ChecksumError, MalformedError
-from p2pcodistill.gossip.download import Download, Offer, Window
+from p2pcodistill.gossip.asking import Asking
+from p2pcodistill.gossip.download import Download, Offer
 from p2pcodistill.gossip.events import (
     AbandonFrame,
     Action,
     BeginFetch,
     CompleteFrame,
     Report,
-    SendPayload,
     StoreChunk,
     send,
 )
-from p2pcodistill.gossip.messages import MAX_WANT_INDICES, CatchUp, Chunk, Want
+from p2pcodistill.gossip.messages import CatchUp, Chunk, Have
 from p2pcodistill.gossip.plan import Plan
+from p2pcodistill.gossip.window import LinkEstimate, Window
 
 
 class Transfers:
@@ -32,137 +35,333 @@ class Transfers:
     After every change, `next_actions` says what follows from it.
     """
 
-    def __init__(self, held: Mapping[str, Version], *, window_bytes: int, stall_timeout_s: float) -> None:
-        """`held` maps origins to the version that the store's chain of each leads to."""
+    def __init__(
+        self,
+        held: Mapping[str, Version],
+        *,
+        window_bytes: int,
+        stall_timeout_s: float,
+        share_of: Callable[[str], tuple[int, int]] = lambda origin: (0, 1),
+    ) -> None:
+        """`held` maps origins to the version that the store's chain of each leads to. `share_of` tells of those who fetch an
+        origin's frames and help each other this site's place among them, and how many they are."""
         self._window_bytes = window_bytes
         self._stall_timeout_s = stall_timeout_s
         self._windows: dict[str, Window] = {}
+        self._links: dict[str, LinkEstimate] = {}
         self._plans = {origin: Plan(version) for origin, version in held.items()}
+        self._downloads: dict[str, Download] = {}  # by frame
+        self._suspects: dict[str, None] = {}
+        self._share_of = share_of
+        self._asking = Asking(self._windows, self._suspects, share_of)
+        # What has changed since the last `next_actions`: plans, downloads that may be asked for, and credit.
+        self._moved: dict[str, None] = {}
+        self._hungry: dict[str, None] = {}
+        self._eager: dict[str, None] = {}
 
     @property
     def fetching(self) -> tuple[str, ...]:
         """The frames being fetched."""
-        return tuple(download.frame_id for download in self._downloads())
+        return tuple(self._downloads)
+
+    @property
+    def links(self) -> dict[str, LinkEstimate]:
+        """What downloads have shown of the links with peers."""
+        return self._links
+
+    @property
+    def downloads(self) -> Collection[Download]:
+        """The downloads under way."""
+        return self._downloads.values()
+
+    def download_of(self, frame_id: str) -> Download | None:
+        """The download of this frame, if it is being fetched."""
+        return self._downloads.get(frame_id)
+
+    # --- sessions ----------------------------------------------------------------------------------------------------
 
     def open(self, peer: str) -> None:
         """`peer` became ready."""
-        self._windows[peer] = Window(window_bytes=self._window_bytes, stall_timeout_s=self._stall_timeout_s)
+        link = self._links.setdefault(peer, LinkEstimate())
+        self._windows[peer] = Window(
+            window_bytes=self._window_bytes, stall_timeout_s=self._stall_timeout_s, link=link
+        )
+        self._eager[peer] = None
+        if peer in self._plans:
+            self._moved[peer] = None
 
     def close(self, peer: str) -> None:
         """`peer` is not ready any more: what was under way from it is void."""
         window = self._windows.pop(peer, None)
-        if window is not None:
-            self._want_again(window.void())
-            self._plan(peer).close()
+        if window is None:
+            return
+        self._want_again(peer, window.void())
+        self._suspects.pop(peer, None)
+        for origin, plan in self._plans.items():
+            if peer == origin or peer in plan.holders:
+                for offer in plan.offers:
+                    source = offer.sources.get(peer)
+                    if source is not None and source.held is not None:  # what it may have lost since
+                        source.held, source.is_stale = 0, True
+                plan.close(peer, is_origin=peer == origin)
+                self._moved[origin] = None
 
-    def announce(self, peer: str, signed: SignedManifest) -> None:
-        """`peer` holds the newest frame of its origin."""
-        self._plan(signed.manifest.origin).announce(peer, signed)
+    def suspect(self, peer: str, *, is_suspect: bool) -> None:
+        """`peer` has fallen silent, or speaks again: suspects are asked last."""
+        if is_suspect:
+            self._suspects[peer] = None
+        else:
+            self._suspects.pop(peer, None)
 
-    def asked(self, peer: str) -> CatchUp | None:
-        """The request of a path that `peer` has not answered yet."""
-        return self._plan(peer).asked
+    def observe_rtt(self, peer: str, rtt_s: float) -> None:
+        """A ping of a ready peer was answered after so long."""
+        self._windows[peer].observe_rtt(rtt_s)
 
-    def follow(self, peer: str, path: Sequence[SignedManifest]) -> None:
+    # --- plans -------------------------------------------------------------------------------------------------------
+
+    def announce(self, peer: str, signed: SignedManifest, *, has_all: bool = True) -> None:
+        """`peer` holds the newest frame of its origin, or a part of it."""
+        origin = signed.manifest.origin
+        plan = self.plan(origin)
+        is_changed = plan.announce(peer, signed, has_all=has_all)
+        if peer != origin and peer not in plan.holders:
+            plan.holders[peer] = None
+            is_changed = True
+        if is_changed or plan.is_path_due:
+            self._moved[origin] = None
+
+    def have(self, peer: str, have: Have) -> SignedManifest | None:
+        """`peer` holds these chunks of a frame; the frame's manifest if it holds all of them, else None.
+
+        Raises MalformedError for chunks that the frame does not have.
+        """
+        download = self._downloads.get(have.frame_id)
+        found = (plan.find(have.frame_id) for plan in self._plans.values())
+        offer = download.offer if download else next((offer for offer in found if offer is not None), None)
+        if offer is None:
+            return None
+        manifest = offer.signed.manifest
+        if have.chunks >> manifest.num_chunks:
+            raise MalformedError(f"{peer} claims to hold chunks that a frame does not have")
+        has_all = have.chunks + 1 == 1 << manifest.num_chunks
+        offer.add(peer, has_all=has_all)
+        source = offer.sources[peer]
+        if source.held is not None:
+            source.held |= have.chunks
+        self.plan(manifest.origin).holders[peer] = None
+        self._hungry[have.frame_id] = None
+        return offer.signed if has_all else None
+
+    def asked(self, peer: str, origin: str | None = None) -> CatchUp | None:
+        """The request of a path (of frames of `origin`, or of its own) that `peer` has not answered yet."""
+        plan = self._plans.get(origin or peer)
+        return plan.asked if plan is not None and plan.asked_of == peer else None
+
+    def follow(self, peer: str, path: Sequence[SignedManifest], *, has_all: bool = True) -> None:
         """`peer` answered the request with a path, which was verified."""
-        self._plan(peer).follow(peer, path)
+        origin = path[0].manifest.origin
+        self.plan(origin).follow(peer, path, has_all=has_all)
+        self._moved[origin] = None
 
-    def forgo(self, peer: str) -> None:
-        """The answer of `peer` to the request, if there was one, was refused."""
-        self._plan(peer).asked = None
+    def forgo(self, peer: str, origin: str | None = None, *, is_needed: bool = False) -> None:
+        """The answer of `peer` to the request, if there was one, was refused; or `is_needed` from another: it has none."""
+        plan = self.plan(origin or peer)
+        if plan.asked_of == peer:
+            plan.forgo(is_needed=is_needed)
+        if is_needed:
+            plan.holders.pop(peer, None)
+        self._moved[origin or peer] = None
 
     def break_chain(self, origin: str) -> None:
         """The ranks could not apply what the store holds of `origin`."""
-        self._plan(origin).break_chain()
+        self.plan(origin).break_chain()
+        self._moved[origin] = None
+
+    def relay(self, origin: str, held: Version | None) -> None:
+        """Fetch the frames of `origin` that somebody who holds `held` needs."""
+        if origin not in self._plans:
+            self._plans[origin] = Plan(held)
+
+    def relay_path(self, origin: str, request: CatchUp) -> None:
+        """Ask `origin` for a path that somebody else needs, and fetch what it tells."""
+        self.plan(origin).need_path_for(request)
+        self._moved[origin] = None
+
+    def drop(self, origin: str) -> list[Action]:
+        """Frames of `origin` are of no interest any more, or for now: give up what is being fetched."""
+        plan = self._plans.pop(origin, None)
+        self._moved.pop(origin, None)
+        if plan is None:
+            return []
+        self._plans[origin] = Plan(plan.held)
+        if plan.download is None:
+            return []
+        self._end(plan.download)
+        return [AbandonFrame(plan.download.frame_id)]
+
+    def forget(self, origin: str) -> list[Action]:
+        """This site has nothing to do with `origin` any more."""
+        actions = self.drop(origin)
+        self._plans.pop(origin, None)
+        return actions
+
+    def plan(self, origin: str) -> Plan:
+        """The plan for one origin."""
+        plan = self._plans.get(origin)
+        if plan is None:
+            plan = self._plans[origin] = Plan(None)
+        return plan
+
+    # --- downloads ---------------------------------------------------------------------------------------------------
 
     def begin(self, frame_id: str, present: Collection[int]) -> None:
         """The store is ready for a frame and holds the chunks `present` of it."""
-        download = self._find(frame_id)
+        download = self._downloads.get(frame_id)
         if download is not None and not download.is_begun:
             download.begin(present)
+            self._moved[download.origin] = None
 
     def receive(self, peer: str, chunk: Chunk, now_s: float) -> list[Action]:
         """A ready peer sent a chunk."""
         was_asked = self._windows[peer].receive(chunk.frame_id, chunk.index, now_s)
-        download = self._find(chunk.frame_id)
+        self._eager[peer] = None
+        download = self._downloads.get(chunk.frame_id)
         if download is None or not download.is_begun:
             return []  # the late answer to a request that is void
         try:
             is_new = download.accept(chunk)
         except (MalformedError, ChecksumError) as error:
             if was_asked:
-                download.want_again(chunk.index)
+                download.want_again(chunk.index, peer)
             self._count_bad_chunk(peer, download.offer)
+            self._moved[download.origin] = None
             return [Report(telemetry.Refused(peer, error.reason, f"{peer} sent a wrong chunk: {error}"))]
+        if is_new and peer == download.origin:
+            download.num_of_origin += 1
+        if download.is_full:
+            self._moved[download.origin] = None
         return [StoreChunk(chunk.frame_id, chunk.index, chunk.data)] if is_new else []
 
     def lose_source(self, peer: str, frame_id: str) -> None:
         """`peer` does not hold this frame any more."""
-        for plan in self._plans.values():
-            for offer in plan.offers:
-                if offer.frame_id == frame_id:
-                    offer.num_bad_chunks_of.pop(peer, None)
-        self._want_again(self._windows[peer].void(frame_id))
+        for origin, plan in self._plans.items():
+            offer = plan.find(frame_id)
+            if offer is not None:
+                offer.lose(peer)
+                self._moved[origin] = None
+        self._want_again(peer, self._windows[peer].void(frame_id))
 
     def store(self, frame_id: str, held: Version | None) -> Download | None:
         """A frame is complete in the store, whose chain of that origin leads to `held` now.
 
         Returns its download, which is over, or None if it was given up before.
         """
-        download = self._find(frame_id)
+        download = self._downloads.get(frame_id)
         if download is None or not download.is_completing:
             return None
-        plan = self._plan(download.offer.signed.manifest.origin)
+        plan = self._plans[download.origin]
         plan.download = None
+        del self._downloads[frame_id]
         download.leads_further = plan.store(frame_id, download.offer.version, held)
+        self._moved[download.origin] = None
         return download
 
     def give_up(self, frame_id: str) -> Download | None:
         """The store does not take a frame: its download, which is over."""
-        download = self._find(frame_id)
+        download = self._downloads.get(frame_id)
         if download is not None:
-            plan = self._plan(download.offer.signed.manifest.origin)
+            plan = self._plans[download.origin]
             if download.offer is plan.head:
                 plan.refuse_head()
             plan.download = None
-            self._void(frame_id)
+            self._end(download)
+            self._moved[download.origin] = None
         return download
 
     def tick(self, now_s: float) -> None:
         """Time has passed: requests of silent peers are void."""
-        for window in self._windows.values():
+        for peer, window in self._windows.items():
             if window.is_stalled(now_s):
                 window.stall(now_s)
-                self._want_again(window.void())
+                voided = window.void()
+                for frame_id in dict.fromkeys(frame_id for frame_id, _ in voided):
+                    download = self._downloads.get(frame_id)
+                    if download is not None and peer in download.offer.sources:
+                        download.offer.sources[peer].is_slow = True
+                self._want_again(peer, voided)
+        for download in self._downloads.values():
+            self._note_hunger(download, now_s)
+
+    def _note_hunger(self, download: Download, now_s: float) -> None:
+        """Those who have nothing for a download that has been waiting for long are not waited for."""
+        if download.asked_of or not download.wanted:
+            download.hungry_s = None
+        elif download.hungry_s is None:
+            download.hungry_s = now_s
+        elif now_s - download.hungry_s >= self._stall_timeout_s:
+            for source in download.offer.sources.values():
+                if source.held is not None and not source.held & download.wanted and not source.is_stale:
+                    source.is_stale = True
+                    self._moved[download.origin] = None
+
+    # --- what follows ------------------------------------------------------------------------------------------------
 
     def next_actions(self, now_s: float) -> list[Action]:
         """What to give up, begin, complete and ask for now."""
+        if not (self._moved or self._hungry or self._eager):
+            return []
         actions: list[Action] = []
-        for origin, plan in self._plans.items():
-            actions += self._advance(plan, now_s)
-            if origin in self._windows and not self._is_arriving(plan.download):
-                request = plan.ask()
-                actions += [send(origin, request)] if request else []
-        return actions + self._wants(now_s)
+        hungry, self._hungry = self._hungry, {}
+        moved, self._moved = self._moved, {}
+        for origin in moved:
+            plan = self._plans.get(origin)
+            if plan is not None:
+                actions += self._advance(plan, now_s)
+                actions += self._ask_path(origin, plan)
+                if plan.download is not None:
+                    hungry[plan.download.frame_id] = None
+        eager, self._eager = self._eager, {}
+        for peer in eager:
+            for frame_id, download in self._downloads.items():
+                if peer in download.offer.sources:
+                    hungry[frame_id] = None
+        is_low: dict[str, bool] = {}
+        for frame_id in hungry:
+            hungry_download = self._downloads.get(frame_id)
+            if hungry_download is not None and hungry_download.wanted:
+                actions += self._asking.feed(hungry_download, is_low, now_s)
+        for peer in dict.fromkeys((*eager, *is_low)):
+            if peer in self._windows:
+                self._windows[peer].rest()
+        return actions
 
     def _advance(self, plan: Plan, now_s: float) -> list[Action]:
         actions: list[Action] = []
         download = plan.download
         if download is not None and self._is_vain(plan, download):
             actions.append(AbandonFrame(download.frame_id))
-            self._void(download.frame_id)
+            self._end(download)
             plan.download = None
         if plan.download is not None:
             if plan.download.is_full and not plan.download.is_completing:
                 plan.download.is_completing = True
                 actions.append(CompleteFrame(plan.download.frame_id))
             return actions
-        while plan.head is not None and not plan.head.has_source:
+        while plan.head is not None and self._is_lost(plan.head):
             plan.lose_head()
         if plan.head is not None:
-            plan.download = Download(plan.head, now_s)
+            plan.download = self._start(plan.head, now_s)
             actions.append(BeginFetch(plan.head.signed))
         return actions
+
+    def _start(self, offer: Offer, now_s: float) -> Download:
+        download = Download(offer, now_s)
+        if download.num_chunks > 1:
+            # Every student begins elsewhere, so that they soon have something for each other.
+            place, num_sharing = self._share_of(download.origin)
+            download.first_index = place * download.num_chunks // num_sharing
+        self._downloads[offer.frame_id] = download
+        return download
 
     def _is_vain(self, plan: Plan, download: Download) -> bool:
         """Whether a download is to be given up; the plan is then rid of it."""
@@ -172,72 +371,66 @@ class Transfers:
             return True
         if download.is_full:
             return False
-        if not download.offer.has_source:
+        if self._is_lost(download.offer):
             plan.lose_head()
             return True
-        if plan.is_head_skippable and not self._is_arriving(download):
+        if plan.is_head_skippable and (not download.is_arriving or self._is_stranded(plan, download.offer)):
             plan.skip_head()
             return True
         return False
 
-    def _is_arriving(self, download: Download | None) -> bool:
-        """Whether any of it has arrived or is under way."""
-        if download is None:
-            return False
-        is_under_way = any(window.has_asked(download.frame_id) for window in self._windows.values())
-        return download.num_held > 0 or is_under_way
+    def _is_lost(self, offer: Offer) -> bool:
+        """Whether a frame cannot be had: nobody has it, or its origin does not and can tell another way."""
+        if not offer.has_source:
+            return True
+        origin = offer.signed.manifest.origin
+        is_dropped = origin in self._windows and origin in offer.lost
+        return is_dropped and not offer.has_source_among(self._windows)
 
-    def _wants(self, now_s: float) -> list[Action]:
-        actions: list[Action] = []
-        # The liveliest peers first, so that what one of them let stall is asked of another where there is one.
-        for peer, window in sorted(self._windows.items(), key=lambda item: item[1].patience_s):
-            if window.is_low:
-                for download in self._downloads():
-                    if download.is_begun and download.offer.is_usable(peer):
-                        indices = _ask(window, download, now_s)
-                        actions += _want_actions(peer, download.frame_id, indices)
-            window.rest()
-        return actions
+    def _is_stranded(self, plan: Plan, head: Offer) -> bool:
+        """Whether nobody who holds the head is here, but somebody who holds what comes next."""
+        return not head.has_source_among(self._windows) and any(
+            offer.has_source_among(self._windows) for offer in plan.offers[1:2]
+        )
 
-    def _plan(self, origin: str) -> Plan:
-        return self._plans.setdefault(origin, Plan(None))
+    def _ask_path(self, origin: str, plan: Plan) -> list[Action]:
+        is_here = origin in self._windows
+        peer = origin if is_here else next((p for p in plan.holders if p in self._windows), None)
+        if peer is None:
+            return []
+        is_full = plan.download is not None and plan.download.is_full
+        if (
+            not is_here
+            and plan.head is not None
+            and not is_full
+            and not plan.head.has_source_among(self._windows)
+        ):
+            plan.need_path()  # whoever has it is not here; those who are may hold it, too, or know another way
+        elif plan.download is not None and plan.download.is_arriving:
+            return []
+        request = plan.ask(peer, origin=None if is_here else origin)
+        return [send(peer, request)] if request else []
 
-    def _downloads(self) -> list[Download]:
-        return [plan.download for plan in self._plans.values() if plan.download is not None]
-
-    def _find(self, frame_id: str) -> Download | None:
-        return next((d for d in self._downloads() if d.frame_id == frame_id), None)
-
-    def _void(self, frame_id: str) -> None:
-        for window in self._windows.values():
-            window.void(frame_id)
+    def _end(self, download: Download) -> None:
+        """A download is over: nothing of it is under way any more."""
+        self._downloads.pop(download.frame_id, None)
+        for peer in dict.fromkeys((*download.offer.sources, *download.asked_of.values())):
+            if peer in self._windows and self._windows[peer].void(download.frame_id):
+                self._eager[peer] = None
 
     def _count_bad_chunk(self, peer: str, offer: Offer) -> None:
-        if peer not in offer.num_bad_chunks_of:
+        source = offer.sources.get(peer)
+        if source is None:
             return  # nobody asked it
-        offer.num_bad_chunks_of[peer] += 1
-        if not offer.is_usable(peer):
-            self._want_again(self._windows[peer].void(offer.frame_id))
+        source.num_bad_chunks += 1
+        if not source.is_usable:
+            self._want_again(peer, self._windows[peer].void(offer.frame_id))
 
-    def _want_again(self, voided: list[tuple[str, int]]) -> None:
+    def _want_again(self, peer: str, voided: list[tuple[str, int]]) -> None:
+        if voided:
+            self._eager[peer] = None
         for frame_id, index in voided:
-            download = self._find(frame_id)
+            download = self._downloads.get(frame_id)
             if download is not None:
-                download.want_again(index)
-
-
-def _ask(window: Window, download: Download, now_s: float) -> list[int]:
-    indices = []
-    while (wanted := download.next_wanted()) is not None and wanted[1] <= window.credit_bytes:
-        download.take_wanted()
-        window.ask(download.frame_id, *wanted, now_s)
-        indices.append(wanted[0])
-    return indices
-
-
-def _want_actions(peer: str, frame_id: str, indices: list[int]) -> list[SendPayload]:
-    wants = [
-        Want(frame_id, tuple(indices[start : start + MAX_WANT_INDICES]))
-        for start in range(0, len(indices), MAX_WANT_INDICES)
-    ]
-    return [send(peer, want) for want in wants]
+                download.want_again(index, peer)
+                self._moved[download.origin] = None

@@ -21,6 +21,7 @@ from p2pcodistill.checkpoint.reference import Reference
 from p2pcodistill.checkpoint.snapshot import Snapshot
 from p2pcodistill.codistill.codistiller import Codistiller
 from p2pcodistill.codistill.exchange import ChainFile, Inbox, Offer
+from p2pcodistill.codistill.gate import Criterion
 from p2pcodistill.codistill.teachers import Forward
 from p2pcodistill.config import GROUP_SPEC_VARIABLE, CodistillationConfig, GroupSpec, parse_model
 from p2pcodistill.errors import ConfigError, GroupError
@@ -30,9 +31,12 @@ from p2pcodistill.group.link import (
     FrameOffered,
     FrameTaken,
     KeyframeWanted,
+    LinksMeasured,
     NodeOrder,
     RankLink,
     StopRequested,
+    TrustChanged,
+    VersionKnown,
 )
 from p2pcodistill.group.receiving import FrameReceiver
 from p2pcodistill.group.sending import FrameSender
@@ -45,12 +49,16 @@ _FRAME_SLACK_BYTES = 16 << 20
 _logger = logging.getLogger("p2pcodistill")
 
 
-def join(model: nn.Module, *, forward: Forward | None = None) -> Codistiller:
+def join(
+    model: nn.Module, *, forward: Forward | None = None, criterion: Criterion | None = None
+) -> Codistiller:
     """The `Codistiller` of this rank, for the model that it trains. Call it once, on every rank, at the same point.
 
     Call it after `torch.distributed.init_process_group` where there is more than one rank, with the model on its device,
     before or after wrapping it. `forward(model, inputs, state) -> (logits, state)` runs the model for its teachers; the
-    default is `model(inputs)`, or `model(*inputs)` for a tuple.
+    default is `model(inputs)`, or `model(*inputs)` for a tuple. `criterion(logits, targets)`, a scalar, is the loss by which
+    the gate compares teachers with the student where `Codistiller.loss` is given targets; the default is the cross-entropy
+    of integer classes.
 
     A script that no node started runs alone: the same loop, without teachers. Raises GroupError when the node does not
     answer, and ConfigError when its instructions cannot be read.
@@ -58,7 +66,7 @@ def join(model: nn.Module, *, forward: Forward | None = None) -> Codistiller:
     spec = read_group_spec()
     if spec is None:
         _logger.warning("no p2pcodistill node started this script: it trains alone, without teachers")
-        return Codistiller(model, CodistillationConfig(), exchange=None, teachers={}, forward=forward)
+        return Codistiller(model, CodistillationConfig(), exchange=None, teachers=[], forward=forward)
     die_with_parent()
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if num_ranks > 1 and not dist.is_initialized():
@@ -74,6 +82,7 @@ def join(model: nn.Module, *, forward: Forward | None = None) -> Codistiller:
         teachers=spec.teachers,
         num_students=spec.num_students,
         forward=forward,
+        criterion=criterion,
         snapshots_on_device=spec.frames.device == "model",
     )
 
@@ -105,14 +114,21 @@ class GroupExchange:
     def __init__(self, spec: GroupSpec, *, is_lead: bool, max_frame_bytes: int) -> None:
         self._lock = threading.Lock()
         self._offers: dict[str, Offer] = {}
+        self._announced: dict[str, tuple[int, int]] = {}
+        self._revoked: set[str] = set()
         self._stop_requested = False
         self._link: RankLink | None = None
         self._sender: FrameSender | None = None
         if is_lead:
             self._link = RankLink(spec.link_address, spec.link_token, self._obey)
             self._sender = FrameSender(spec.outbox_folder, spec.frames, self._link.send)
-            for offer in self._link.connect(CONNECT_TIMEOUT_S):
+            welcome = self._link.connect(CONNECT_TIMEOUT_S)
+            for offer in welcome.offers:
                 self._take(offer)
+            for known in welcome.known:
+                self._note(known)
+            with self._lock:
+                self._revoked.update(welcome.revoked)
             self._sender.start()
         self._receiver = FrameReceiver(
             spec.outbox_folder, max_frame_bytes, self._link.send if self._link else None
@@ -125,9 +141,11 @@ class GroupExchange:
             self._sender.publish(snapshot)
 
     def inbox(self) -> Inbox:
-        """The newest offers of the node, and its wish to stop."""
+        """The newest offers of the node, what the teachers have announced, who is revoked, and the node's wish to stop."""
         with self._lock:
-            return Inbox(dict(self._offers), self._stop_requested)
+            return Inbox(
+                dict(self._offers), self._stop_requested, dict(self._announced), frozenset(self._revoked)
+            )
 
     def prepare(self, offer: Offer) -> Future[Reference]:
         """Read and decode a teacher's frames on the decoding thread; see `FrameReceiver.prepare` for the obligation."""
@@ -153,13 +171,25 @@ class GroupExchange:
         match order:
             case FrameOffered(offer):
                 self._take(offer)
+            case VersionKnown():
+                self._note(order)
+            case TrustChanged(teacher, is_trusted):
+                with self._lock:
+                    (self._revoked.discard if is_trusted else self._revoked.add)(teacher)
             case FrameTaken():
                 self._sender.mark_taken(order)
+            case LinksMeasured(rate_bytes_s):
+                self._sender.set_link_rate(rate_bytes_s)
             case KeyframeWanted():
                 self._sender.want_keyframe()
             case StopRequested():
                 with self._lock:
                     self._stop_requested = True
+
+    def _note(self, known: VersionKnown) -> None:
+        with self._lock:
+            version = known.incarnation, known.step
+            self._announced[known.origin] = max(version, self._announced.get(known.origin, version))
 
     def _take(self, found: FrameOffer) -> None:
         frames = tuple(ChainFile(*frame) for frame in found.frames)

@@ -17,7 +17,7 @@ import socket
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -110,10 +110,30 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True)
+class VersionKnown:
+    """node -> rank: `origin`, a teacher, has announced this version, the newest known; it may still be on its way."""
+
+    origin: str
+    incarnation: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Welcome:
-    """node -> rank, answer to `Joined`: what the node holds for the teachers now."""
+    """node -> rank, answer to `Joined`: what the node holds for the teachers now, what they have announced, and which of
+    them are `revoked`."""
 
     offers: tuple[FrameOffer, ...]
+    known: tuple[VersionKnown, ...] = ()
+    revoked: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TrustChanged:
+    """node -> rank: `teacher` may teach no more, or again."""
+
+    teacher: str
+    is_trusted: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +158,21 @@ class KeyframeWanted:
 
 
 @dataclass(frozen=True, slots=True)
+class LinksMeasured:
+    """node -> rank: what the links to the students carry, in bytes a second; see `links.LinkMeter.shared_rate_bytes_s`."""
+
+    rate_bytes_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequested:
     """node -> rank: agree on a step, checkpoint and exit."""
 
 
 RankMessage: TypeAlias = Joined | FrameReady | ReferenceReady | ChainBroken | EventHappened | Left
-NodeOrder: TypeAlias = FrameOffered | FrameTaken | KeyframeWanted | StopRequested
+NodeOrder: TypeAlias = (
+    FrameOffered | VersionKnown | TrustChanged | FrameTaken | KeyframeWanted | LinksMeasured | StopRequested
+)
 """What the node says after its welcome."""
 NodeMessage: TypeAlias = Welcome | NodeOrder
 _TYPES: tuple[type[Any], ...] = (
@@ -158,6 +187,9 @@ _TYPES: tuple[type[Any], ...] = (
     FrameTaken,
     KeyframeWanted,
     StopRequested,
+    VersionKnown,
+    LinksMeasured,
+    TrustChanged,
 )
 _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
@@ -184,7 +216,12 @@ def decode_link_message(data: bytes) -> RankMessage | NodeMessage:
         index, *fields = msgpack.unpackb(data)
         cls = _TYPES[index]
         if cls is Welcome:
-            return Welcome(tuple(_read_offer(*offer) for offer in fields[0]))
+            offers, known, revoked = fields
+            return Welcome(
+                tuple(_read_offer(*offer) for offer in offers),
+                tuple(VersionKnown(*version) for version in known),
+                tuple(map(str, revoked)),
+            )
         if cls is FrameOffered:
             return FrameOffered(_read_offer(*fields[0]))
         if cls is EventHappened:
@@ -312,16 +349,16 @@ class RankLink:
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_write.setblocking(False)
-        self._welcome: queue.SimpleQueue[Iterable[FrameOffer]] = queue.SimpleQueue()
+        self._welcome: queue.SimpleQueue[Welcome] = queue.SimpleQueue()
         self._linger_ms = 0
         self._thread = threading.Thread(target=self._run, name="p2pcodistill-link", daemon=True)
 
-    def connect(self, timeout_s: float) -> tuple[FrameOffer, ...]:
-        """Join the node; the checkpoints that it holds now, at most one a teacher. Raises GroupError if no node answers."""
+    def connect(self, timeout_s: float) -> Welcome:
+        """Join the node; what it holds and knows of the teachers now. Raises GroupError if no node answers."""
         self._thread.start()
         self._enqueue(encode_link_message(Joined(self._token)))
         try:
-            return tuple(self._welcome.get(timeout=timeout_s))
+            return self._welcome.get(timeout=timeout_s)
         except queue.Empty:
             self.close(0)
             raise GroupError(f"the node did not answer at {self._address} within {timeout_s:g} s") from None
@@ -375,6 +412,6 @@ class RankLink:
 
     def _dispatch(self, message: RankMessage | NodeMessage) -> None:
         if isinstance(message, Welcome):
-            self._welcome.put(message.offers)
+            self._welcome.put(message)
         elif isinstance(message, NodeOrder):
             self._on_message(message)

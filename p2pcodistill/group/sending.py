@@ -11,6 +11,7 @@ import functools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +25,10 @@ from p2pcodistill.group.link import EventHappened, FrameReady, FrameTaken
 from p2pcodistill.telemetry import Event, SnapshotSkipped, to_record
 
 _PARTIAL_SUFFIX = ".part"
+_MIN_INTERVAL_S = 1.0
+"""Snapshots that follow each other faster are not held against the links: of small transfers these show only the latency."""
+_LINK_SHARE = 0.8
+"""Of what the links carry, for delta frames: keyframes for those who fell behind, and control, travel too."""
 
 _logger = logging.getLogger("p2pcodistill")
 
@@ -51,6 +56,9 @@ class FrameSender:
         self._outbox, self._send = outbox, send
         self._lock = threading.Lock()
         self._waiting: Snapshot | None = None
+        self._published_s: float | None = None
+        self._interval_s: float | None = None
+        self._link_rate_bytes_s: float | None = None
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         # From here on, the sending thread's own.
         self._encoder = FrameEncoder(config)
@@ -69,8 +77,12 @@ class FrameSender:
         """Make a frame of `snapshot` as soon as the node has the one before it, unless a newer one comes first."""
         if not self._thread.is_alive():
             return
+        now_s = time.monotonic()
         with self._lock:
             skipped, self._waiting = self._waiting, snapshot
+            if self._published_s is not None:
+                self._interval_s = now_s - self._published_s
+            self._published_s = now_s
         if skipped is not None:
             why = f"the encoder or the node was busy until step {snapshot.step}"
             self.report(SnapshotSkipped(skipped.step, why))
@@ -84,6 +96,10 @@ class FrameSender:
     def want_keyframe(self) -> None:
         """Send a keyframe of the present reference: a student has nothing that leads to it."""
         self._tasks.put(self._encode_keyframe_soon)
+
+    def set_link_rate(self, rate_bytes_s: float) -> None:
+        """What the links to the students carry: a frame gets what fits between two snapshots, where it wants more."""
+        self._link_rate_bytes_s = rate_bytes_s
 
     def mark_taken(self, taken: FrameTaken) -> None:
         """The node's answer to a `FrameReady`."""
@@ -127,6 +143,9 @@ class FrameSender:
             self._encode(snapshot)
 
     def _encode(self, snapshot: Snapshot) -> None:
+        if self._link_rate_bytes_s is not None and self._interval_s is not None:
+            interval_s = max(self._interval_s, _MIN_INTERVAL_S)
+            self._encoder.limit(int(_LINK_SHARE * self._link_rate_bytes_s * interval_s))
         path = self._outbox / f"step-{snapshot.step:08d}.frame"
         try:
             with outbox_file(path) as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,10 @@ from p2pcodistill.telemetry import EventLog, GroupExited, GroupStarted, NodeStop
 
 
 class StopSwitch:
-    """Who wants the node to stop: the first SIGINT, SIGTERM or SIGHUP sets `requested`, a second one `at_once`."""
+    """Who wants the node to stop: the first SIGINT, SIGTERM or SIGHUP sets `requested`, a second one `at_once`.
+
+    SIGHUP does only when the terminal has gone, where it has another meaning.
+    """
 
     def __init__(self, events: EventLog) -> None:
         self._events = events
@@ -35,17 +39,36 @@ class StopSwitch:
         self._events.write(NodeStopping(number.name))
 
     @contextlib.contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """Within this context these signals press the switch."""
+    def on_signals(self, reload: Callable[[], None] | None = None) -> Iterator[None]:
+        """Within this context these signals press the switch, but for a SIGHUP that means to call `reload`."""
         loop = asyncio.get_running_loop()
+        had_terminal = _has_terminal()
+
+        def hang_up() -> None:
+            if reload is None or (had_terminal and not _has_terminal()):
+                self.press(signal.SIGHUP)
+            else:
+                reload()
+
         handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         for number in handled:
-            loop.add_signal_handler(number, self.press, number)
+            if number is signal.SIGHUP:
+                loop.add_signal_handler(number, hang_up)
+            else:
+                loop.add_signal_handler(number, self.press, number)
         try:
             yield
         finally:
             for number in handled:
                 loop.remove_signal_handler(number)
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open(os.ctermid(), os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 class Supervisor:

@@ -16,8 +16,9 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,9 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from p2pcodistill.codistill.teachers import State, map_tensors
+from p2pcodistill.codistill.codistiller import Codistiller
+from p2pcodistill.codistill.gate import Criterion
+from p2pcodistill.codistill.teachers import Forward, State, map_tensors
 from p2pcodistill.config import GroupConfig, GroupSpec, TrainingConfig
 from p2pcodistill.errors import GroupError, UserError
 from p2pcodistill.group.checkpoints import TrainingCheckpoint, TrainingCheckpoints
@@ -120,12 +123,28 @@ def learning_rate(config: TrainingConfig, num_steps: int) -> float:
     return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * num_steps / config.num_steps))
 
 
+class Join(Protocol):
+    """Makes the `Codistiller` of a model, as `group.exchange.join` does."""
+
+    def __call__(
+        self, model: nn.Module, *, forward: Forward | None = None, criterion: Criterion | None = None
+    ) -> Codistiller: ...
+
+
 class Training:
     """One rank's training: built from a spec, resumed from its last checkpoint, then `run`."""
 
     def __init__(
-        self, spec: GroupSpec, device: torch.device, control_group: dist.ProcessGroup | None
+        self,
+        spec: GroupSpec,
+        device: torch.device,
+        control_group: dist.ProcessGroup | None,
+        *,
+        join: Join = join,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """`join` makes the codistiller of the model. `clock`, in seconds, is what durations are measured with."""
+        self._clock = clock
         self._config = config = spec.training
         self._device = device
         self._rank = 0 if control_group is None else dist.get_rank(control_group)
@@ -142,7 +161,7 @@ class Training:
         self._earlier_s = 0.0
         self._checkpoints = TrainingCheckpoints(spec.training_folder, control_group)
         checkpoint = self._checkpoints.load()
-        self._codistiller = join(self._model, forward=self._task.forward)
+        self._codistiller = join(self._model, forward=self._task.forward, criterion=self._task.loss)
         seed_random_states(config.seed, self._rank)
         if checkpoint is not None:
             self._resume(checkpoint)
@@ -150,8 +169,8 @@ class Training:
         if control_group is not None:
             device_ids = [device.index] if device.type == "cuda" else None
             self._student = DistributedDataParallel(self._model, device_ids=device_ids)
-        self._started_s = time.perf_counter()
-        self._meter = _Meter(self._started_s, self._codistiller.exchange_s)
+        self._started_s = clock()
+        self._meter = _Meter(clock, self._codistiller.exchange_s)
 
     def run(self) -> None:
         """Train until the last step or the agreed stop, save what a restart needs, and close the exchange.
@@ -160,17 +179,51 @@ class Training:
         taken both on their way to the node.
         """
         try:
-            if self._step < self._config.num_steps:
-                self._report_start()
-                self._train()
-            else:
-                self._codistiller.publish()
-                self._evaluate()
-            finished = self._step >= self._config.num_steps
-            exchange_s = self._codistiller.exchange_s
-            self._codistiller.report(TrainingEnded(self._step, finished, exchange_s, self._duration_s))
+            self.begin()
+            while self.is_under_way:
+                self.advance()
+            self.end()
         finally:
             self._codistiller.close()
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether there is another update to make: it is not the end, and the ranks have not agreed to stop."""
+        return self._step < self._config.num_steps and not self._codistiller.stop_requested
+
+    def begin(self) -> None:
+        """What comes before the first update; `run` is this, then `advance` while training `is_under_way`, then `end`."""
+        if self._step >= self._config.num_steps:
+            self._codistiller.publish()
+            self._evaluate()
+            return
+        self._report_start()
+        if self._step > 0 and self._step % self._config.evaluation_interval_steps == 0:
+            self._evaluate()  # the event of the last life may have been on its way when that was killed
+
+    def advance(self) -> None:
+        """Make one update, and what is due after it."""
+        config = self._config
+        self._update()
+        is_last = self._step == config.num_steps
+        if is_last:
+            self._codistiller.publish()
+        if is_last or self._step % config.report_interval_steps == 0:
+            self._report_progress()
+        if is_last or self._step % config.evaluation_interval_steps == 0:
+            self._evaluate()
+        if is_last and self._rank == 0:
+            # Before the last checkpoint, by which a restarted group knows that nothing is left to do.
+            save_model_file(self._model, self._model_path)
+        if is_last or self._step % config.checkpoint_interval_steps == 0:
+            self._save_checkpoint()
+
+    def end(self) -> None:
+        """What comes after the last update of this life."""
+        self._save_checkpoint()
+        finished = self._step >= self._config.num_steps
+        exchange_s = self._codistiller.exchange_s
+        self._codistiller.report(TrainingEnded(self._step, finished, exchange_s, self._duration_s))
 
     def _report_start(self) -> None:
         num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
@@ -186,33 +239,13 @@ class Training:
             )
         )
 
-    def _train(self) -> None:
-        config, codistiller = self._config, self._codistiller
-        if self._step > 0 and self._step % config.evaluation_interval_steps == 0:
-            self._evaluate()  # the event of the last life may have been on its way when that was killed
-        while self._step < config.num_steps and not codistiller.stop_requested:
-            self._update()
-            is_last = self._step == config.num_steps
-            if is_last:
-                codistiller.publish()
-            if is_last or self._step % config.report_interval_steps == 0:
-                self._report_progress()
-            if is_last or self._step % config.evaluation_interval_steps == 0:
-                self._evaluate()
-            if is_last and self._rank == 0:
-                # Before the last checkpoint, by which a restarted group knows that nothing is left to do.
-                save_model_file(self._model, self._model_path)
-            if is_last or self._step % config.checkpoint_interval_steps == 0:
-                self._save_checkpoint()
-        self._save_checkpoint()
-
     def _update(self) -> None:
         """One update of the parameters (Anil et al. 2018, Algorithm 1)."""
         inputs, targets = self._task.next_batch()
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             logits, state = self._task.forward(self._student, inputs, self._state)
             loss = self._task.loss(logits, targets)
-            distillation = self._codistiller.loss(logits, inputs)
+            distillation = self._codistiller.loss(logits, inputs, targets)
         self._optimizer.zero_grad()
         (loss + distillation).backward()  # type: ignore[no-untyped-call]
         if self._config.max_gradient_norm:
@@ -236,21 +269,21 @@ class Training:
         """Evaluate on rank 0; the other ranks go on to the next all-reduce."""
         if self._rank != 0:
             return
-        start_s = time.perf_counter()
+        start_s = self._clock()
         self._model.eval()
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             val_loss = self._task.evaluate(self._model)
         self._model.train()
-        self._codistiller.report(Evaluated(self._step, val_loss, time.perf_counter() - start_s))
+        self._codistiller.report(Evaluated(self._step, val_loss, self._clock() - start_s))
 
     @property
     def _duration_s(self) -> float:
-        return self._earlier_s + time.perf_counter() - self._started_s
+        return self._earlier_s + self._clock() - self._started_s
 
     def _save_checkpoint(self) -> None:
         if self._saved_step == self._step:
             return
-        start_s = time.perf_counter()
+        start_s = self._clock()
         shared = {
             "model": self._model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -264,7 +297,7 @@ class Training:
         }
         self._checkpoints.save(self._step, shared=shared, own=own)
         self._saved_step = self._step
-        self._codistiller.report(TrainingCheckpointed(self._step, time.perf_counter() - start_s))
+        self._codistiller.report(TrainingCheckpointed(self._step, self._clock() - start_s))
 
     def _resume(self, checkpoint: TrainingCheckpoint) -> None:
         self._step = self._saved_step = checkpoint.step
@@ -280,8 +313,9 @@ class Training:
 class _Meter:
     """Means over the steps since the last measurement; sums stay on the device until then."""
 
-    def __init__(self, now_s: float, exchange_s: float) -> None:
-        self._since_s, self._since_exchange_s = now_s, exchange_s
+    def __init__(self, clock: Callable[[], float], exchange_s: float) -> None:
+        self._clock = clock
+        self._since_s, self._since_exchange_s = clock(), exchange_s
         self._losses: list[Tensor] = []
         self._distillation_losses: list[Tensor] = []
 
@@ -293,7 +327,7 @@ class _Meter:
 
     def measure(self, step: int, rate: float, exchange_s: float) -> StepMeasured:
         """The event of the steps since the last call, given the exchange's seconds so far."""
-        now_s = time.perf_counter()
+        now_s = self._clock()
         duration_s = now_s - self._since_s
         event = StepMeasured(
             step,

@@ -11,6 +11,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ def learning_curves(arms: Sequence[ArmResult], summary: Summary) -> Figure:
     The steep first evaluations are cut off at the top.
     """
     with matplotlib.rc_context(_STYLE):
-        figure, (axes,) = _figure(9.0, 4.9)
+        figure, (axes,) = new_figure(9.0, 4.9)
         colours = site_colours(arms)
         ends: list[LineEnd] = []
         shown: list[Curve] = []
@@ -117,7 +118,7 @@ def staleness_and_lag(arms: Sequence[ArmResult]) -> Figure:
     with matplotlib.rc_context(_STYLE):
         arm = _codistilled(arms)[0]
         num_rows = len(arm.sites)
-        figure, panels = _figure(9.0, 1.0 + 1.55 * num_rows, num_rows=num_rows, share_axes=True)
+        figure, panels = new_figure(9.0, 1.0 + 1.55 * num_rows, num_rows=num_rows, share_axes=True)
         colours = site_colours(arms)
         for axes, (student, history) in zip(panels, arm.sites.items(), strict=True):
             teachers = _draw_ages(axes, history, colours)
@@ -150,7 +151,7 @@ def traffic(arms: Sequence[ArmResult], summary: Summary) -> Figure:
     """
     with matplotlib.rc_context(_STYLE):
         arm = _codistilled(arms)[0]
-        figure, (over_steps, totals) = _figure(9.0, 3.9, num_columns=2, width_ratios=(1.35, 1))
+        figure, (over_steps, totals) = new_figure(9.0, 3.9, num_columns=2, width_ratios=(1.35, 1))
         colours = site_colours(arms)
         num_steps = summary["num_steps"]
         rows: list[tuple[str, int, str]] = []
@@ -197,6 +198,11 @@ def traffic(arms: Sequence[ArmResult], summary: Summary) -> Figure:
         return figure
 
 
+def style() -> AbstractContextManager[None]:
+    """How all pictures of a report look; to be drawn and saved in."""
+    return matplotlib.rc_context(_STYLE)
+
+
 def site_colours(arms: Iterable[ArmResult]) -> dict[str, str]:
     """A colour for each site, the same in every picture of these arms."""
     sites = dict.fromkeys(site for arm in arms if arm.kind != "pooled" for site in arm.sites)
@@ -222,7 +228,7 @@ def save_png(figure: Figure, path: Path) -> None:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _figure(
+def new_figure(
     width: float,
     height: float,
     *,
@@ -231,6 +237,7 @@ def _figure(
     width_ratios: Sequence[float] | None = None,
     share_axes: bool = False,
 ) -> tuple[Figure, list[Axes]]:
+    """A figure of so many inches and its panels, row by row; to be drawn in `style`."""
     figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(

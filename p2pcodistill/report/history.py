@@ -20,6 +20,7 @@ from p2pcodistill.telemetry import (
     Evaluated,
     Event,
     EventTail,
+    FaultInjected,
     FrameFetched,
     FramePublished,
     GroupStarted,
@@ -27,6 +28,9 @@ from p2pcodistill.telemetry import (
     Record,
     Refused,
     StepMeasured,
+    TeacherExpired,
+    TeacherGated,
+    TeacherReadmitted,
     TeacherRefused,
     TeacherSwapped,
     TrafficMeasured,
@@ -73,20 +77,38 @@ class Fetched:
 
 
 class TeacherTracker:
-    """Which version of each teacher is in use at a site, and which is the newest that its origin announced."""
+    """Which version of each teacher is in use at a site, which is the newest that its origin announced, and who is kept
+    from teaching."""
 
     def __init__(self) -> None:
         self._announced: dict[str, tuple[int, int]] = {}
         self._in_use: dict[str, tuple[int, int]] = {}
+        self._gated: dict[str, str] = {}
+        self._expired: dict[str, str] = {}
+
+    @property
+    def resting(self) -> dict[str, str]:
+        """Why, for each teacher that is in use but does not teach: gated, or over a limit."""
+        return self._expired | self._gated
 
     def update(self, event: Event) -> None:
-        """Take an announcement or a swap into account; other events change nothing."""
+        """Take an announcement, a swap or a decision about a teacher into account; other events change nothing."""
         if isinstance(event, VersionAnnounced):
             self._announce(event.origin, (event.incarnation, event.step))
         elif isinstance(event, TeacherSwapped):
             self._in_use[event.teacher] = (event.incarnation, event.teacher_step)
             # A teacher from the store is in use before its origin has been heard of.
             self._announce(event.teacher, (event.incarnation, event.teacher_step))
+            self._expired.pop(event.teacher, None)
+        elif isinstance(event, TeacherGated):
+            self._gated[event.teacher] = event.why
+        elif isinstance(event, TeacherReadmitted):
+            self._gated.pop(event.teacher, None)
+        elif isinstance(event, TeacherExpired):
+            self._expired[event.teacher] = event.why
+        elif isinstance(event, TrainingStarted) and event.start_step == 0:
+            self._gated.clear()  # no checkpoint remembers it
+            self._expired.clear()
 
     def _announce(self, origin: str, version: tuple[int, int]) -> None:
         self._announced[origin] = max(version, self._announced.get(origin, version))
@@ -169,7 +191,13 @@ class SiteHistory:
     """Per origin."""
     swapped: dict[str, set[tuple[int, int]]] = field(default_factory=dict)
     """Per teacher: the versions that were learnt from."""
+    num_gatings: dict[str, int] = field(default_factory=dict)
+    """Per teacher: how often it was gated off."""
+    num_expiries: dict[str, int] = field(default_factory=dict)
+    """Per teacher: how many of its versions were over a limit on staleness or age."""
     num_refusals: int = 0
+    faults: list[tuple[str, int]] = field(default_factory=list)
+    """What a simulation did to the site: the kind, and the step that it had reached."""
     num_node_starts: int = 0
     num_group_starts: int = 0
     num_measured_steps: int = 0
@@ -238,6 +266,12 @@ class SiteHistory:
                     history.num_refusals += event.num_times
                 case TeacherRefused():
                     history.num_refusals += 1
+                case TeacherGated():
+                    history.num_gatings[event.teacher] = history.num_gatings.get(event.teacher, 0) + 1
+                case TeacherExpired():
+                    history.num_expiries[event.teacher] = history.num_expiries.get(event.teacher, 0) + 1
+                case FaultInjected():
+                    history.faults.append((event.kind, event.step))
                 case TrafficMeasured():
                     elapsed_s = time_s - start_time_s
                     history.num_bytes_sent = traffic.num_bytes_sent

@@ -14,8 +14,11 @@ import jinja2
 from markupsafe import Markup
 
 from p2pcodistill.report import figures
+from p2pcodistill.report.edges import EdgeResults, staleness_over_time
+from p2pcodistill.report.states import state_rows, states_picture
 from p2pcodistill.report.summary import ArmResult, Summary
 from p2pcodistill.report.table import ABSENT, byte_count, headline, number, percent, times
+from p2pcodistill.topology.graph import Topology
 
 
 def write_report(
@@ -26,11 +29,16 @@ def write_report(
     arms: Sequence[ArmResult],
     configuration_text: str,
     versions: Mapping[str, str],
+    edges: EdgeResults | None = None,
+    topology: Topology | None = None,
 ) -> None:
     """Write the report of `arms`, with their `summary` (from `summarise`), to `path`.
 
-    `configuration_text` is shown as it is; `versions` maps software to version.
+    `configuration_text` is shown as it is; `versions` maps software to version. `edges` and
+    `topology` are those of the first codistilled arm under the first seed.
     """
+    codistilled = next((arm for arm in arms if arm.kind == "codistilled"), None)
+    states = states_picture(topology, codistilled) if topology and codistilled else None
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -45,7 +53,15 @@ def write_report(
         first_seed=summary["seeds"][0] if summary["seeds"] else None,
         rows=_rows(summary),
         models=_models(summary),
-        pictures=_pictures(arms, summary),
+        pictures=_pictures(arms, summary)
+        | {
+            "versions": _versions_picture(arms, edges),
+            "states": Markup(figures.to_svg(states, "states") if states else ""),
+        },
+        state_rows=state_rows(codistilled) if states and codistilled else [],
+        num_sites=len(codistilled.sites) if codistilled else 0,
+        edge_rows=_edge_rows(edges),
+        num_edges_left_out=len(edges.edges) - len(edges.rows) if edges else 0,
         configuration_text=configuration_text,
         versions=dict(versions),
     )
@@ -104,6 +120,25 @@ def _rows(summary: Summary) -> list[dict[str, Any]]:
         for arm in summary["arms"]
         for index, (site, values) in enumerate(arm["sites"].items())
     ]
+
+
+def _edge_rows(edges: EdgeResults | None) -> list[list[str]]:
+    return [
+        [
+            edge.teacher,
+            edge.student,
+            byte_count(edge.num_bytes),
+            str(edge.num_versions),
+            number(edge.mean_staleness_steps, 1),
+            str(edge.max_staleness_steps),
+        ]
+        for edge in (edges.rows if edges else ())
+    ]
+
+
+def _versions_picture(arms: Sequence[ArmResult], edges: EdgeResults | None) -> Markup:
+    figure = staleness_over_time(edges, figures.site_colours(arms)) if edges else None
+    return Markup(figures.to_svg(figure, "versions") if figure else "")
 
 
 def _models(summary: Summary) -> str:

@@ -20,7 +20,15 @@ from rich.text import Text
 
 from p2pcodistill.report.progress import ENDED, Progress, State, describe, duration, printable
 from p2pcodistill.report.table import ABSENT, byte_count, number, times
-from p2pcodistill.telemetry import Evaluated, Record, StepMeasured
+from p2pcodistill.telemetry import (
+    Evaluated,
+    FaultInjected,
+    Record,
+    StepMeasured,
+    TeacherExpired,
+    TeacherGated,
+    TeacherReadmitted,
+)
 
 Groups: TypeAlias = dict[str, dict[str, Progress]]
 """The sites' progress, by group and site, in the order in which they were first heard of."""
@@ -53,7 +61,8 @@ def make_view(title: str, stream: TextIO, clock: Callable[[], float] = time.mono
 class PlainView:
     """A line when a site's state changes, and after an evaluation if its last line is `interval_s` ago or more.
 
-    A site that evaluates more rarely is heard of after `4 * interval_s`. Refusals are told at once, but no more often than
+    A site that evaluates more rarely is heard of after `4 * interval_s`. Teachers that are kept from teaching are told of at
+    once. Refusals are told at once, but no more often than
     every `interval_s` a site: the line says how many there were.
     """
 
@@ -87,6 +96,13 @@ class PlainView:
         state_before = shown.progress.state
         event = shown.progress.update(record)
         now_s = self._clock()
+        if isinstance(event, FaultInjected):
+            self._print(f"{group} {site}: fault: {shown.progress.last_fault}")
+        if isinstance(event, TeacherGated | TeacherExpired):
+            why = shown.progress.resting_teachers[event.teacher]
+            self._print(f"{group} {site}: does not learn from {event.teacher} for now: {why}")
+        if isinstance(event, TeacherReadmitted):
+            self._print(f"{group} {site}: learns from {event.teacher} again")
         silent_s = now_s - shown.line_s
         if (
             shown.progress.state != state_before
@@ -128,6 +144,7 @@ _STATE_STYLES: dict[State, str] = {
     "restarting": "bold yellow",
     "stopping": "yellow",
     "stopped": "yellow",
+    "killed": "bold red",
     "failed": "bold red",
 }
 REDRAW_INTERVAL_S = 0.25
@@ -135,6 +152,8 @@ MAX_SITE_CHARACTERS = 16
 MAX_BAR_CHARACTERS = 24
 MIN_BAR_CHARACTERS = 10
 MAX_REFUSAL_LINES = 4
+MAX_FAULT_LINES = 4
+MAX_RESTING_LINES = 4
 
 
 class LiveView:
@@ -182,8 +201,8 @@ def screen(title: str, groups: Groups, num_columns: int, num_rows: int) -> list[
     Where the height does not do, groups that have ended fold into one line each, then those that wait, then the rest.
     """
     lines = [Text(printable(title), style="bold")]
-    refusals = _refusal_lines(groups)
-    max_body_lines = num_rows - 1 - len(lines) - NUM_HEADING_LINES - len(refusals)
+    notices = _fault_lines(groups) + _resting_lines(groups) + _refusal_lines(groups)
+    max_body_lines = num_rows - 1 - len(lines) - NUM_HEADING_LINES - len(notices)
     folded = _groups_to_fold(groups, max_body_lines)
     shown = [(site, p) for group, sites in groups.items() if group not in folded for site, p in sites.items()]
     headings, rows = _lay_out(shown, num_columns)
@@ -196,7 +215,7 @@ def screen(title: str, groups: Groups, num_columns: int, num_rows: int) -> list[
             body.append(Text(group, style="bold cyan"))
             body += [rows.pop(0) for _ in sites]
     # The last groups are the ones at work: what does not fit leaves at the top.
-    lines += body[max(0, len(body) - max_body_lines) :] + refusals
+    lines += body[max(0, len(body) - max_body_lines) :] + notices
     for line in lines:
         line.no_wrap = True
         line.truncate(num_columns, overflow="ellipsis")
@@ -332,6 +351,27 @@ def _fold(sites: Mapping[str, Progress]) -> str:
     losses = [progress.val_loss for progress in sites.values() if progress.val_loss is not None]
     mean = f", held-out {sum(losses) / len(losses):.3f}" if losses else ""
     return f"{len(sites)} {'site' if len(sites) == 1 else 'sites'} {states}{mean}"
+
+
+def _fault_lines(groups: Groups) -> list[Text]:
+    lines = [
+        f"* {site} ({group}) had {progress.num_faults} fault(s), the last: {progress.last_fault}"
+        for group, sites in groups.items()
+        for site, progress in sites.items()
+        if progress.num_faults
+    ]
+    return [Text(line, style="yellow") for line in lines[-MAX_FAULT_LINES:]]
+
+
+def _resting_lines(groups: Groups) -> list[Text]:
+    lines = [
+        f"! {site} ({group}) does not learn from {teacher}: {why}"
+        for group, sites in groups.items()
+        for site, progress in sites.items()
+        if progress.state not in ENDED
+        for teacher, why in progress.resting_teachers.items()
+    ]
+    return [Text(line, style="yellow") for line in lines[-MAX_RESTING_LINES:]]
 
 
 def _refusal_lines(groups: Groups) -> list[Text]:

@@ -13,6 +13,7 @@ from p2pcodistill.report.table import byte_count
 from p2pcodistill.telemetry import (
     Evaluated,
     Event,
+    FaultInjected,
     FramePublished,
     GroupExited,
     GroupStarted,
@@ -30,7 +31,16 @@ from p2pcodistill.telemetry import (
 )
 
 State: TypeAlias = Literal[
-    "waiting", "starting", "training", "restarting", "stopping", "serving", "finished", "stopped", "failed"
+    "waiting",
+    "starting",
+    "training",
+    "restarting",
+    "stopping",
+    "serving",
+    "finished",
+    "stopped",
+    "killed",
+    "failed",
 ]
 ENDED: frozenset[State] = frozenset({"finished", "stopped", "failed"})
 
@@ -55,6 +65,8 @@ class Progress:
     connected_peers: set[str] = field(default_factory=set)
     num_refusals: int = 0
     last_refusal: str | None = None
+    num_faults: int = 0
+    last_fault: str | None = None
     _newest_version: tuple[int, int] | None = None
     _num_fp16_bytes: int = 0
     _num_frame_bytes: int = 0
@@ -108,6 +120,13 @@ class Progress:
             case TrainingEnded():
                 self.state = ("serving" if self.neighbours else "finished") if event.finished else "stopping"
                 self.step = event.step
+            case FaultInjected():
+                self.num_faults += 1
+                factor = "" if event.factor is None else f" by {event.factor:g}"
+                self.last_fault = printable(f"{event.kind}{factor} at step {event.step}")
+                if event.kind == "kill":
+                    self.state = "killed"
+                    self.connected_peers.clear()
             case Refused():
                 who = f"from {event.peer}: " if event.peer else ""
                 self._refuse(f"{event.reason}: {who}{event.why}", event.num_times)
@@ -138,6 +157,11 @@ class Progress:
     def staleness_steps(self) -> dict[str, int]:
         """Per teacher in use: its newest announced step minus the step in use."""
         return self._teachers.staleness_steps()
+
+    @property
+    def resting_teachers(self) -> dict[str, str]:
+        """Why, for each teacher that is kept from teaching now."""
+        return {teacher: printable(why) for teacher, why in self._teachers.resting.items()}
 
     @property
     def num_bytes_sent(self) -> int:
@@ -185,7 +209,11 @@ def describe(progress: Progress) -> str:
     if progress.val_loss is not None:
         parts.append(f"held-out {progress.val_loss:.3f}")
     if progress.neighbours and progress.state not in ENDED:
-        parts += [f"{teacher} {steps} steps stale" for teacher, steps in progress.staleness_steps.items()]
+        resting = progress.resting_teachers
+        parts += [
+            f"{teacher} {steps} steps stale{' and not teaching' if teacher in resting else ''}"
+            for teacher, steps in progress.staleness_steps.items()
+        ]
         parts.append(f"{len(progress.connected_peers)}/{len(progress.neighbours)} peers")
     if progress.num_bytes_sent or progress.num_bytes_received:
         parts.append(f"sent {byte_count(progress.num_bytes_sent)}")

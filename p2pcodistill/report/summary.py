@@ -222,6 +222,9 @@ def _arm_summary(arm: ArmResult, compared: Sequence[ArmResult], num_steps: int) 
                 "mean_lag_steps": history.mean_lag_steps,
                 "exchange_stall_ratio": history.exchange_stall_ratio,
                 "num_refusals": history.num_refusals,
+                "num_gatings_by_teacher": dict(history.num_gatings),
+                "num_expiries_by_teacher": dict(history.num_expiries),
+                "num_faults": len(history.faults),
                 "num_node_starts": history.num_node_starts,
                 "num_group_starts": history.num_group_starts,
                 "steps_per_s": history.steps_per_s,
@@ -250,6 +253,13 @@ def _notes(summary: Summary, arms: Sequence[ArmResult], num_steps: int) -> list[
                 notes.append(f"{name} diverged: its last held-out loss is not finite.")
             elif not _has_finished(history, num_steps):
                 notes.append(f"{name} did not finish: it got to step {history.num_steps} of {num_steps}.")
+            if history.faults:
+                told = ", ".join(f"{kind} at step {step}" for kind, step in history.faults)
+                notes.append(f"{name} was put through {len(history.faults)} fault(s): {told}.")
+            for teacher, count in history.num_gatings.items():
+                notes.append(f"{name} gated its teacher {teacher} off {count} time(s); its events say why.")
+            for teacher, count in history.num_expiries.items():
+                notes.append(f"{name} did not learn from {count} version(s) of {teacher}: over a limit.")
             if history.num_refusals:
                 notes.append(
                     f"{name} refused {history.num_refusals} thing(s) that arrived; its events say which and why."

@@ -2,11 +2,12 @@
 
 <run root>/<scenario>-<time>/
   scenario.toml              the scenario as it ran, with every default; can be simulated again
-  topology.<suffix>          the graph file, if the scenario names one
+  topology.<suffix>          the graph file, if the scenario names one; of several topology-2.<suffix> and so on
   data/held-out.txt          what every site of every arm is evaluated on
   data/<site>.txt            what the site trains on
   <arm>-seed<k>/nodes/       <site>.toml and <site>.key, with which `p2pcodistill node` runs the site
   <arm>-seed<k>/<site>/      the run folder of the node
+  <arm>-seed<k>/simulator.jsonl  what was done to sites and links, as events
   summary.json, report.html  the result
 <run root>/latest            symbolic link to the newest of these
 """
@@ -16,11 +17,12 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import tomli_w
 
@@ -36,13 +38,17 @@ from p2pcodistill.tasks.text import (
     standard_library_files,
     text_files,
 )
-from p2pcodistill.topology import FILE_SUFFIXES
+from p2pcodistill.topology.build import files_of, map_files
 
 LATEST_LINK = "latest"
 SCENARIO_FILE = "scenario.toml"
 _DATA_FOLDER = "data"
 _HELD_OUT_FILE = "held-out.txt"
+_SIMULATOR_EVENTS_FILE = "simulator.jsonl"
 _LOOPBACK = "127.0.0.1"
+
+Dialled: TypeAlias = Callable[[str, str, str], str | None]
+"""(site, peer, address at which the peer listens) -> address that the site is told, None for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,14 +170,17 @@ def point_latest(folder: Path) -> None:
 def write_scenario(scenario: ScenarioConfig, text: ScenarioText, folder: Path) -> ScenarioConfig:
     """Write the scenario and its text into the run folder; returns the scenario that runs from there.
 
-    A topology file is copied, so that the folder says all there is to the run.
+    Topology files are copied, so that the folder says all there is to the run.
     """
-    as_written = scenario
-    if scenario.topology.endswith(FILE_SUFFIXES):
-        copy = folder / f"topology{Path(scenario.topology).suffix}"
-        shutil.copyfile(scenario.topology, copy)
-        scenario = scenario.model_copy(update={"topology": str(copy)})
-        as_written = scenario.model_copy(update={"topology": copy.name})
+    copies: dict[str, str] = {}
+    for path in dict.fromkeys(files_of(scenario.topology)):
+        number = f"-{len(copies) + 1}" if copies else ""
+        copies[path] = f"topology{number}{Path(path).suffix}"
+        shutil.copyfile(path, folder / copies[path])
+    as_written = scenario.model_copy(update={"topology": map_files(scenario.topology, copies.__getitem__)})
+    scenario = scenario.model_copy(
+        update={"topology": map_files(scenario.topology, lambda path: str(folder / copies[path]))}
+    )
     (folder / SCENARIO_FILE).write_text(scenario_toml(as_written))
     data_folder = folder / _DATA_FOLDER
     data_folder.mkdir()
@@ -192,6 +201,8 @@ def scenario_toml(scenario: ScenarioConfig) -> str:
                 entry[section] = own.model_dump(mode="json", exclude_unset=True)
     if "num_threads" not in scenario.group.model_fields_set:
         del table["group"]["num_threads"]
+    if scenario.mode != "virtual":
+        del table["virtual"]
     return _toml(table)
 
 
@@ -222,43 +233,63 @@ def node_files(job: Job, folder: Path) -> list[NodeFiles]:
     return [NodeFiles(site.name, arm / "nodes" / f"{site.name}.toml", arm / site.name) for site in job.sites]
 
 
+def simulator_events(job: Job, folder: Path) -> Path:
+    """Where the simulation tells of the job's faults and links, as events."""
+    return folder / job.run / _SIMULATOR_EVENTS_FILE
+
+
+def loopback(port: int) -> str:
+    """The address of a node on this machine."""
+    return f"tcp://{_LOOPBACK}:{port}"
+
+
 def write_node_files(
-    job: Job, scenario: ScenarioConfig, folder: Path, *, ports: list[int]
+    job: Job, scenario: ScenarioConfig, folder: Path, *, ports: list[int], dialled: Dialled | None = None
 ) -> list[NodeFiles]:
     """Write identity and node file of each of the job's sites, and make their run folders.
 
-    `scenario` is the one that `write_scenario` returned; `ports` has one for each site.
+    `scenario` is the one that `write_scenario` returned; `ports` has one for each site. `dialled` decides where each site
+    is told that its peers are; by default, where they listen.
     """
     files = node_files(job, folder)
     identities = [Identity.generate() for _ in job.sites]
     members = [
-        PeerConfig(name=site.name, public_identity=str(identity.public), address=f"tcp://{_LOOPBACK}:{port}")
+        PeerConfig(name=site.name, public_identity=str(identity.public), address=loopback(port))
         for site, identity, port in zip(job.sites, identities, ports, strict=True)
     ]
     for site, identity, place in zip(job.sites, identities, files, strict=True):
         place.run_folder.mkdir(parents=True)
         place.node_file.parent.mkdir(exist_ok=True)
         identity.save(place.node_file.with_suffix(".key"))
-        config = _node_config(site, members, job, scenario, folder)
+        config = _node_config(site, members, job, scenario, folder, dialled)
         place.node_file.write_text(_toml(config.model_dump(mode="json", exclude_none=True)))
     return files
 
 
 def _node_config(
-    site: SiteRun, members: list[PeerConfig], job: Job, scenario: ScenarioConfig, folder: Path
+    site: SiteRun,
+    members: list[PeerConfig],
+    job: Job,
+    scenario: ScenarioConfig,
+    folder: Path,
+    dialled: Dialled | None,
 ) -> NodeConfig:
+    def told(member: PeerConfig) -> PeerConfig:
+        if dialled is None:
+            return member
+        return member.model_copy(update={"address": dialled(site.name, member.name, str(member.address))})
+
     # Paths are relative to the node's file, so that the whole run folder can be moved.
     up = Path("..", "..")
     data = up / _DATA_FOLDER
-    is_file = scenario.topology.endswith(FILE_SUFFIXES)
     return NodeConfig(
         name=site.name,
         run=job.run,
         listen=next(str(member.address) for member in members if member.name == site.name),
         identity=Path(f"{site.name}.key"),
         run_folder=Path("..", site.name),
-        topology=str(up / Path(scenario.topology).name) if is_file else scenario.topology,
-        peers=tuple(member for member in members if member.name != site.name),
+        topology=map_files(scenario.topology, lambda path: str(up / Path(path).name)),
+        peers=tuple(told(member) for member in members if member.name != site.name),
         members=tuple(member.name for member in members),
         group=scenario.group.model_copy(update={"num_threads": job.num_threads}),
         task=scenario.task.model_copy(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from p2pcodistill.simulation.scenario import POOLED_SITE, ArmConfig, ScenarioConfig
-from p2pcodistill.topology import build_topology
+from p2pcodistill.topology.build import build_topology
 
 MAX_PLANNED_THREADS = 4
 # A teacher's forward pass, as a share of the student's whole step.
@@ -69,7 +69,7 @@ def make_jobs(scenario: ScenarioConfig) -> list[Job]:
     """
     names = scenario.site_names
     topology = build_topology(scenario.topology, names)
-    max_teachers = max(len(teachers) for teachers in topology.teachers_of.values())
+    max_teachers = max(len(table) for name in names for table in topology.schedule_of(name))
     jobs = []
     for seed in scenario.seeds:
         sites = tuple(SiteRun(name, (name,)) for name in names)

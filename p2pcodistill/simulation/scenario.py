@@ -2,11 +2,12 @@
 
 A scenario says which sites there are, what text they hold, who teaches whom, how they train, and which arms are compared
 under which seeds. Every arm runs the same model, batch, number of steps and schedule. Paths are relative to the folder of
-the file. The model holds the schema of all sections; `load_scenario` refuses by name the ones that cannot run yet.
+the file. Links and faults are those of the codistilled arms: lone sites and pooled data are what these are compared with.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from p2pcodistill.config import (
     parse_model,
 )
 from p2pcodistill.errors import ConfigError, TopologyError
-from p2pcodistill.topology import FILE_SUFFIXES, build_topology
+from p2pcodistill.topology.build import build_topology, map_files
 
 POOLED_SITE = "pooled"
 MAX_SITES = 1000
@@ -59,7 +60,6 @@ DECIDED_BY_SIMULATION = {
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 ARM_SECTIONS = ("codistillation", "frames")
 """Tables of a scenario of which a codistilled arm can set keys otherwise."""
-_UNBUILT_SECTIONS = ("links", "faults")
 
 
 def _check_label(label: Any) -> Any:
@@ -133,19 +133,19 @@ class LinkConfig(StrictModel):
 
 
 class FaultConfig(StrictModel):
-    """Something that goes wrong, or is mended, during the run."""
+    """Something that goes wrong, or is mended, during the run. Faults of one site happen in the order of the file."""
 
     kind: Literal["kill", "restart", "partition", "heal", "slow-down", "corrupt", "join", "leave"]
     """`kill`: kill -9 of the node. `restart`: start a killed or departed node again. `partition`: cut the sites off from all
-    others, until `heal`. `slow-down`: divide their speed by `factor`. `corrupt`: they publish ruined weights. `join`: they
-    start only now. `leave`: they stop in order."""
+    others, until `heal`. `slow-down`: divide their speed by `factor`. `corrupt`: they publish ruined weights from now on
+    (in virtual time). `join`: they start only now. `leave`: they stop in order."""
     sites: Annotated[tuple[SiteName, ...], Field(min_length=1)]
     at_step: NonNegativeInt | None = None
-    """When the first of `sites` has completed this many steps (for `restart`, `heal` and `join`: the first running site)."""
+    """When the first of `sites` has completed this many steps (for `restart`, `heal` and `join`: the first of all sites)."""
     at_s: NonNegativeFloat | None = None
     """Seconds after the start of the arm."""
     factor: PositiveFloat | None = None
-    """How much slower a slowed site is; 1 takes it back."""
+    """How many times slower than by itself a slowed site is; 1 takes it back."""
 
     @model_validator(mode="after")
     def _check(self) -> FaultConfig:
@@ -153,7 +153,21 @@ class FaultConfig(StrictModel):
             raise ValueError("a fault happens either at_step or at_s: set exactly one of them")
         if (self.factor is None) == (self.kind == "slow-down"):
             raise ValueError("factor belongs to the kind 'slow-down', and to no other")
+        if self.factor is not None and self.factor < 1:
+            raise ValueError("factor is how many times slower a site becomes: at least 1")
         return self
+
+    @property
+    def when(self) -> str:
+        """For messages."""
+        return f"at step {self.at_step}" if self.at_step is not None else f"after {self.at_s:g} s"
+
+
+class VirtualConfig(StrictModel):
+    """What virtual time is made of, where `mode` is `virtual`."""
+
+    step_time_s: PositiveFloat = 0.1
+    """Virtual seconds that an update takes."""
 
 
 class ReportConfig(StrictModel):
@@ -174,7 +188,7 @@ class ScenarioConfig(StrictModel):
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
     """Every arm runs once with each."""
     topology: str = "full"
-    """Who teaches whom in the codistilled arms: `pair`, `ring`, `full` or a graph file."""
+    """Who teaches whom in the codistilled arms: a named graph or schedule, or a graph file, as in a node's file."""
     sites: Annotated[tuple[SiteConfig, ...], Field(min_length=2, max_length=MAX_SITES)]
     arms: Annotated[tuple[ArmConfig, ...], Field(min_length=1)]
     data: DataConfig = DataConfig()
@@ -186,6 +200,7 @@ class ScenarioConfig(StrictModel):
     frames: FramesConfig = FramesConfig()
     links: tuple[LinkConfig, ...] = ()
     faults: tuple[FaultConfig, ...] = ()
+    virtual: VirtualConfig = VirtualConfig()
     report: ReportConfig = ReportConfig()
 
     @property
@@ -227,6 +242,26 @@ class ScenarioConfig(StrictModel):
             )
         if with_data and self.data.paths:
             raise ConfigError("data.paths and data of the [[sites]] exclude each other: remove one of them")
+        if self.mode == "virtual":
+            if self.group.num_ranks > 1 or self.group.device == "cuda":
+                raise ConfigError(
+                    "in virtual time each site is one rank on the CPU: remove group.num_ranks and group.device"
+                )
+        elif "virtual" in self.model_fields_set:
+            raise ConfigError('[virtual] is for mode = "virtual": set that, or remove the table')
+        elif any(fault.kind == "corrupt" for fault in self.faults):
+            raise ConfigError(
+                'the fault "corrupt" is for mode = "virtual": set that; real nodes publish what they train'
+            )
+        if (self.links or self.faults) and all(arm.kind != "codistilled" for arm in self.arms):
+            raise ConfigError("links and faults are those of codistilled arms: add one, or remove them")
+        _refuse_repetition("link between", [" and ".join(sorted(link.between)) for link in self.links])
+        of_links = [link.between for link in self.links]
+        for site in itertools.chain(*of_links, *[fault.sites for fault in self.faults]):
+            if site not in self.site_names:
+                raise ConfigError(f"{site!r} has a link or a fault, but is none of the [[sites]]")
+        for site in self.site_names:
+            _require_order(site, [fault for fault in self.faults if site in fault.sites])
         return self
 
 
@@ -242,6 +277,35 @@ def _refuse_repetition(what: str, values: Sequence[object]) -> None:
             raise ConfigError(f"the {what} {value!r} is listed twice")
 
 
+def _require_order(site: str, faults: Sequence[FaultConfig]) -> None:
+    """Raise ConfigError unless each of the faults of `site` can happen after those before it."""
+    state = "absent" if any(fault.kind == "join" for fault in faults) else "up"
+    is_cut_off = False
+    for moments in (
+        [f.at_step for f in faults if f.at_step is not None],
+        [f.at_s for f in faults if f.at_s is not None],
+    ):
+        if moments != sorted(moments):
+            raise ConfigError(
+                f"list the faults of {site!r} in the order in which they happen: these begin at {moments}"
+            )
+    for fault in faults:
+        what = f"the fault {fault.kind!r} of {site!r} {fault.when}"
+        match fault.kind:
+            case "join" if state != "absent":
+                raise ConfigError(f"{what}: a site joins once; use restart after kill or leave")
+            case "restart" if state != "down":
+                raise ConfigError(f"{what}: it is not down by then; list its kill or leave before")
+            case "kill" | "leave" | "slow-down" | "corrupt" if state != "up":
+                raise ConfigError(f"{what}: it does not run by then; list its restart or join before")
+            case "partition" if is_cut_off:
+                raise ConfigError(f"{what}: it is cut off already; list its heal before")
+            case "heal" if not is_cut_off:
+                raise ConfigError(f"{what}: it is not cut off by then; list its partition before")
+        state = {"kill": "down", "leave": "down", "restart": "up", "join": "up"}.get(fault.kind, state)
+        is_cut_off = {"partition": True, "heal": False}.get(fault.kind, is_cut_off)
+
+
 def load_scenario(path: Path, overrides: Sequence[str] = (), *, data: Sequence[Path] = ()) -> ScenarioConfig:
     """The scenario in the file `path`, ready to run: paths absolute, topology fitting the sites.
 
@@ -251,19 +315,21 @@ def load_scenario(path: Path, overrides: Sequence[str] = (), *, data: Sequence[P
     if not path.exists():
         raise ConfigError(f"no such scenario file: {path}{_known_scenarios()}")
     table = override(load_toml(path), overrides)
-    for section in _UNBUILT_SECTIONS:
-        if table.get(section):
-            raise ConfigError(f"{path}: the section [[{section}]] is not built yet: remove it")
     scenario = parse_model(ScenarioConfig, table, source=str(path))
-    if scenario.mode != "processes":
-        raise ConfigError(f"{path}: mode = {scenario.mode!r} is not built yet: remove it")
     scenario = _resolve(scenario, path.parent.absolute())
     if data:
         scenario = _replace_data(scenario, tuple(given.absolute() for given in data))
     try:
-        build_topology(scenario.topology, scenario.site_names)
+        topology = build_topology(scenario.topology, scenario.site_names)
     except TopologyError as error:
         raise TopologyError(f"{path}: {error}") from None
+    for link in scenario.links:
+        first, second = link.between
+        if second not in topology.neighbours_of(first):
+            raise ConfigError(
+                f"{path}: there is a link between {first!r} and {second!r}, which share no edge of the topology "
+                f"{scenario.topology!r}: remove it, or choose a topology that joins them"
+            )
     return scenario
 
 
@@ -278,10 +344,9 @@ def _resolve(scenario: ScenarioConfig, base: Path) -> ScenarioConfig:
     def below(paths: Sequence[Path]) -> tuple[Path, ...]:
         return tuple(base / path for path in paths)
 
-    is_file = scenario.topology.endswith(FILE_SUFFIXES)
     return scenario.model_copy(
         update={
-            "topology": str(base / scenario.topology) if is_file else scenario.topology,
+            "topology": map_files(scenario.topology, lambda path: str(base / path)),
             "sites": tuple(site.model_copy(update={"data": below(site.data)}) for site in scenario.sites),
             "data": scenario.data.model_copy(update={"paths": below(scenario.data.paths)}),
         }

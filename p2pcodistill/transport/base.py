@@ -6,6 +6,7 @@ A *session* with a peer lasts from one `Opened` to the next `Closed`. The node r
 - Both sides see the same sessions. Within one, the control payloads of each side arrive all and in order, or the session
   ends; bulk payloads arrive in order, but may be lost. What was not received by `Closed` is lost.
 - Bulk never delays control: a lane each, and `receive` hands out whatever is control first.
+- What is sent belongs to the session whose `Opened` was received last; if that is over, it goes nowhere.
 - A peer's fault (an oversized payload, a message that does not parse, a key nobody knows) is a `Rejected` event, and all
   else goes on. Only a fault of this transport itself is raised, from `receive`.
 """
@@ -71,10 +72,17 @@ TransportEvent: TypeAlias = Opened | Closed | Received | Rejected
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes handed to and received from one peer's connections since the transport was made, envelopes included."""
+    """Bytes handed to and received from one peer's connections since the transport was made, envelopes included.
+
+    `num_bytes_under_way` of bulk payloads were sent in this session and have not been received yet. What that shows of the
+    way to the peer, where it is measured: the rate at which it takes bulk, lately and at best, and the round trip.
+    """
 
     num_bytes_sent: int
     num_bytes_received: int
+    num_bytes_under_way: int = 0
+    rate_bytes_s: float | None = None
+    round_trip_s: float | None = None
 
 
 class Transport(Protocol):
@@ -89,9 +97,9 @@ class Transport(Protocol):
     def send(self, peer: str, lane: Lane, payload: Sequence[bytes]) -> bool:
         """Queue `payload` for `peer`; never blocks.
 
-        False when there is no session or no room in the queue. A control payload for which there is no room ends the
-        session, because the peer would miss it without knowing. Raises KeyError when `peer` is none of this transport's
-        peers and ValueError when `payload` is over the caps.
+        False when there is no session or no room in the queue, which is bounded in bytes for each peer. A control payload
+        for which there is no room ends the session, because the peer would miss it without knowing. Raises KeyError when
+        `peer` is none of this transport's peers and ValueError when `payload` is over the caps.
         """
 
     def traffic(self) -> Mapping[str, Traffic]:

@@ -20,7 +20,9 @@ from typing import Any, TypeAlias
 
 from p2pcodistill.errors import MalformedError, ReplayedError
 from p2pcodistill.gossip.messages import Lane
+from p2pcodistill.gossip.window import LinkEstimate
 from p2pcodistill.transport.base import Closed, Opened, Rejected
+from p2pcodistill.transport.receipts import Deliveries, Receipts
 
 _MAX_RETIRED_SESSIONS = 64
 
@@ -32,7 +34,8 @@ class Channel:
     `routes` is how the caller reaches each lane, `greeted` are the lanes on which the peer has greeted. `heard_s` is when
     the peer was last heard on either: a large payload may keep one busy for longer than anybody should stay silent.
     `broken` says why nothing can be sent any more; what is still on its way in, a peer's last words perhaps, gets from one
-    `expire` to the next.
+    `expire` to the next. `deliveries` and `receipts` count bulk, out and in; a timer runs for the next receipt
+    while `receipt_is_due`.
     """
 
     peer: str
@@ -44,6 +47,9 @@ class Channel:
     greeted: set[Lane] = field(default_factory=set)
     broken: str | None = None
     was_broken: bool = False
+    deliveries: Deliveries = field(default_factory=lambda: Deliveries(LinkEstimate()))
+    receipts: Receipts = field(default_factory=Receipts)
+    receipt_is_due: bool = False
 
     @property
     def complete(self) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 
 from p2pcodistill.gossip.messages import Lane
-from p2pcodistill.transport.base import Closed, Received, TransportEvent
+from p2pcodistill.transport.base import Closed, Opened, Received, TransportEvent
 
 EVENT_OVERHEAD_BYTES = 256
 """What an event counts for beyond its payload, so that many small ones are bounded too."""
@@ -20,6 +20,7 @@ class Inbox:
         self._num_bytes = 0
         self._first: deque[TransportEvent] = deque()
         self._bulk: deque[Received] = deque()
+        self._num_news: Counter[str] = Counter()
         self._failure: Exception | None = None
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
@@ -29,6 +30,11 @@ class Inbox:
     def full(self) -> bool:
         """Whether those who put should wait for `room`."""
         return not self._room.is_set()
+
+    def has_news_of(self, peer: str) -> bool:
+        """Whether a session with `peer` has begun or ended and nobody has received that yet: whoever sends now means another
+        session than the one there is."""
+        return self._num_news[peer] > 0
 
     async def room(self) -> None:
         """Return when there is room for more. Each waiter may then put one event, whatever its size."""
@@ -41,6 +47,8 @@ class Inbox:
         else:
             if isinstance(event, Closed):
                 self._drop_bulk(event.peer)
+            if isinstance(event, Opened | Closed):
+                self._num_news[event.peer] += 1
             self._first.append(event)
         self._account(_size_bytes(event))
         self._changed.set()
@@ -53,6 +61,8 @@ class Inbox:
             if self._first or self._bulk:
                 event = self._first.popleft() if self._first else self._bulk.popleft()
                 self._account(-_size_bytes(event))
+                if isinstance(event, Opened | Closed):
+                    self._num_news[event.peer] -= 1
                 return event
             self._changed.clear()
             await self._changed.wait()

@@ -193,6 +193,11 @@ class MemoryNetwork:
         """Whom `name` has links with, in the order in which they were made."""
         return tuple(end for link in self._links_of[name] for end in link.ends if end != name)
 
+    def num_bulk_bytes_under_way(self, sender: str, receiver: str) -> int:
+        """Of the bulk that `sender` has sent in the current session: what the inbox of `receiver` has not taken."""
+        queue = self._link_of(sender, receiver).queues.get((sender, Lane.BULK))
+        return queue.num_bytes if queue else 0
+
     def deliver_waiting(self, receiver: str) -> None:
         """The inbox of `receiver` has room again."""
         for link in self._links_of[receiver]:
@@ -296,12 +301,20 @@ class MemoryTransport:
         if not self._network.has_link(self.name, peer):
             raise KeyError(peer)
         check_sendable(lane, payload)
+        if self.inbox.has_news_of(peer):
+            return False
         return self._network.inject(self.name, peer, lane, payload)
 
     def traffic(self) -> Mapping[str, Traffic]:
         """See `Transport.traffic`; payloads only, there are no envelopes."""
-        peers = self._network.peers_of(self.name)
-        return {peer: Traffic(self.num_sent[peer], self.num_received[peer]) for peer in peers}
+        return {
+            peer: Traffic(
+                self.num_sent[peer],
+                self.num_received[peer],
+                self._network.num_bulk_bytes_under_way(self.name, peer),
+            )
+            for peer in self._network.peers_of(self.name)
+        }
 
     async def close(self) -> None:
         """See `Transport.close`."""

@@ -16,8 +16,9 @@ import asyncio
 import errno
 import itertools
 import os
+import random
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import cast
@@ -27,10 +28,18 @@ import zmq.asyncio
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
-from p2pcodistill.errors import AddressError, MalformedError, RefusedError, UnknownPeerError
+from p2pcodistill.errors import (
+    AddressError,
+    MalformedError,
+    RefusedError,
+    UnknownPeerError,
+    UnresolvedError,
+)
 from p2pcodistill.gossip.messages import Lane
+from p2pcodistill.gossip.window import LinkEstimate
 from p2pcodistill.identity import Identity, PublicIdentity
 from p2pcodistill.transport import wire
+from p2pcodistill.transport.backoff import Backoff
 from p2pcodistill.transport.base import (
     Received,
     Rejected,
@@ -39,9 +48,11 @@ from p2pcodistill.transport.base import (
     check_address,
     check_payload,
     check_sendable,
+    split_address,
 )
 from p2pcodistill.transport.channels import Channel, Drop, PeerChannels, Pick, Step
 from p2pcodistill.transport.inbox import Inbox
+from p2pcodistill.transport.receipts import Deliveries
 from p2pcodistill.transport.refusals import RefusalLog
 from p2pcodistill.transport.sockets import (
     Route,
@@ -56,6 +67,8 @@ from p2pcodistill.transport.sockets import (
 )
 
 MAX_INBOX_BYTES = 8 << 20
+FRAME_ENVELOPE_BYTES = 42
+"""What CURVE and ZMTP add to each part of a message (7 less for one below 256 bytes)."""
 _MAX_FORMER_ROUTES = 64
 _NEVER_MS = 3_600_000
 """A channel is its two connections and ends with them. (-1, or `immediate`, would throw away what has not been read yet.)"""
@@ -70,12 +83,16 @@ class PeerEndpoint:
 
 
 class _Dial:
-    """One attempt to reach a peer. `over` is set once its channel was dropped, `refusal` if it was turned away."""
+    """One attempt to reach a peer. `over` is set once its channel was dropped.
+
+    `refusal` is for the user to look at: it was turned away, or its name does not resolve. `reason` is the word for that.
+    """
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.over = asyncio.Event()
         self.refusal: str | None = None
+        self.reason = UnknownPeerError.reason
 
 
 class ZeroMQTransport:
@@ -92,7 +109,10 @@ class ZeroMQTransport:
         peers: Mapping[str, PeerEndpoint],
         *,
         timing: Timing | None = None,
+        rng: random.Random | None = None,
+        denied: Collection[str] = (),
     ) -> None:
+        """`rng` draws how long to wait between dials. `denied` are the peers to `deny` from the start."""
         self.listen_address = check_address(listen, listen=True)
         for name, peer in peers.items():
             if peer.address is not None:
@@ -103,11 +123,14 @@ class ZeroMQTransport:
         self._identity = identity
         self._endpoints = dict(peers)
         self._timing = timing or Timing()
+        self._denied = set(denied)
         self._names = {z85.encode(peer.public.curve_key): name for name, peer in peers.items()}
         own_key = identity.public.curve_key
         self._peers = {
             name: PeerChannels(name, leads=own_key < peer.public.curve_key) for name, peer in peers.items()
         }
+        self._rng = rng or random.Random()
+        self._links = {name: LinkEstimate() for name in peers}
         self._session = os.urandom(wire.ID_BYTES)
         self._accepted: dict[bytes, tuple[Channel, Lane]] = {}
         self._former_routes: deque[bytes] = deque(maxlen=_MAX_FORMER_ROUTES)
@@ -118,6 +141,8 @@ class ZeroMQTransport:
         self._num_received: Counter[str] = Counter()
         self._resources = ExitStack()
         self._runner: asyncio.Task[None] | None = None
+        self._diallers: dict[str, asyncio.Task[None]] = {}
+        self._make_dialler: Callable[[str, str], asyncio.Task[None]] | None = None
 
     # --- the Protocol ----------------------------------------------------------------------------------------------
 
@@ -148,16 +173,57 @@ class ZeroMQTransport:
         """See `Transport.send`."""
         channel = self._peers[peer].in_use
         check_sendable(lane, payload)
-        if channel is None:
+        if channel is None or self._inbox.has_news_of(peer):
+            return False
+        num_bytes = sum(map(len, payload))
+        if lane is Lane.BULK and not channel.deliveries.has_room(num_bytes):
             return False
         sent = self._put(channel, lane, [wire.DATA, *payload])
+        if sent and lane is Lane.BULK:
+            channel.deliveries.send(num_bytes, self._now_s())
         if not sent and lane is Lane.CONTROL:
             channel.broken = channel.broken or f"{peer} does not take what it is sent"
         return sent
 
     def traffic(self) -> Mapping[str, Traffic]:
         """See `Transport.traffic`."""
-        return {peer: Traffic(self._num_sent[peer], self._num_received[peer]) for peer in self._peers}
+        return {peer: self._traffic_of(channels) for peer, channels in self._peers.items()}
+
+    def _traffic_of(self, channels: PeerChannels) -> Traffic:
+        peer, channel, link = channels.peer, channels.in_use, self._links[channels.peer]
+        num_under_way = channel.deliveries.num_under_way_bytes if channel else 0
+        return Traffic(
+            self._num_sent[peer],
+            self._num_received[peer],
+            num_under_way,
+            link.rate_bytes_s,
+            link.round_trip_s,
+        )
+
+    # --- the allow-list, while open ----------------------------------------------------------------------------------
+
+    def deny(self, peer: str) -> None:
+        """Take the key of `peer` off the allow-list: its session ends, and it is refused from now on. What was sent to it
+        before gets a moment to leave."""
+        self._denied.add(peer)
+        channels = self._peers[peer]
+        for channel in list(channels.channels):
+            channel.broken = channel.broken or _revoked(peer)
+        for channel in list(channels.channels):
+            self._say_bye(channel, is_broken=True)
+            self._take(channels.lose(channel, _revoked(peer)))
+        self._stop_dialling(peer)
+
+    def admit(self, peer: str) -> None:
+        """Put the key of `peer` on the allow-list again."""
+        self._denied.discard(peer)
+        self._redial(peer)
+
+    def move(self, peer: str, address: str | None) -> None:
+        """`peer` listens elsewhere, or dials us (None): a connection that there is stays. Raises AddressError."""
+        if address is not None:
+            check_address(address, listen=False)
+        self._endpoints[peer] = PeerEndpoint(self._endpoints[peer].public, address)
 
     async def close(self) -> None:
         """See `Transport.close`. Holds the loop for at most `Timing.flush_s`, if a peer does not take its last messages."""
@@ -240,7 +306,7 @@ class ZeroMQTransport:
 
     async def _dial(self, context: zmq.asyncio.Context, peer: str, address: str) -> None:
         """Keep a channel to `peer`, one dial after the other."""
-        wait_s = self._timing.min_redial_s
+        backoff = Backoff(self._timing.min_redial_s, self._timing.max_redial_s, self._rng)
         last_refusal = told_refusal = None
         for attempt in itertools.count():
             dial = await self._dial_once(context, peer, address, attempt)
@@ -248,18 +314,19 @@ class ZeroMQTransport:
             if dial.refusal is None:
                 told_refusal = None
             elif dial.refusal == last_refusal != told_refusal:
-                self._refuse(peer, UnknownPeerError.reason, dial.refusal)
+                self._refuse(peer, dial.reason, dial.refusal)
                 told_refusal = dial.refusal
             last_refusal = dial.refusal
-            met = dial.channel.complete
-            wait_s = self._timing.min_redial_s if met else min(2 * wait_s, self._timing.max_redial_s)
-            await asyncio.sleep(wait_s)
+            if dial.channel.complete:
+                backoff.reset()
+            await asyncio.sleep(backoff.next_s())
 
     async def _dial_once(self, context: zmq.asyncio.Context, peer: str, address: str, attempt: int) -> _Dial:
         """Dial both lanes and serve them until the channel is dropped."""
         target = await resolve_address(address, attempt)
-        dial = _Dial(Channel(peer, os.urandom(wire.ID_BYTES), dialled=True, heard_s=self._now_s()))
+        dial = _Dial(self._make_channel(peer, os.urandom(wire.ID_BYTES), dialled=True))
         if target is None:
+            dial.refusal, dial.reason = _unresolved(peer, address), UnresolvedError.reason
             return dial
         channels = self._peers[peer]
         with ExitStack() as resources:
@@ -314,7 +381,7 @@ class ZeroMQTransport:
         while True:
             await self._inbox.room()
             frames = await dealer.recv_multipart(copy=False)
-            self._num_received[channel.peer] += _num_bytes(frames)
+            self._num_received[channel.peer] += _num_bytes(frames) + FRAME_ENVELOPE_BYTES * len(frames)
             self._on_message(channel, lane, frames)
             await asyncio.sleep(0)  # as in `_admit`
 
@@ -324,7 +391,7 @@ class ZeroMQTransport:
         """A message on the address that we listen on."""
         # The peer is the key that was admitted, whatever the routing id and the message say.
         peer = self._names[cast(str, frames[0].get("User-Id")).encode()]
-        self._num_received[peer] += _num_bytes(frames)
+        self._num_received[peer] += _num_bytes(frames) + FRAME_ENVELOPE_BYTES * len(frames)
         routing_id = route.prefix[0]
         known = self._accepted.get(routing_id)
         if (
@@ -351,7 +418,7 @@ class ZeroMQTransport:
         same_dial = (c for c in channels.channels if not c.dialled and c.id == greeting.channel_id)
         channel = next(same_dial, None)
         if channel is None:
-            channel = Channel(peer, greeting.channel_id, dialled=False, heard_s=self._now_s())
+            channel = self._make_channel(peer, greeting.channel_id, dialled=False)
             channels.add(channel)
         elif greeting.lane in channel.routes:
             self._refuse(peer, MalformedError.reason, f"{peer} greeted twice on one lane")
@@ -368,7 +435,12 @@ class ZeroMQTransport:
         channel.heard_s = self._now_s()
         match self._decode_header(channel.peer, frames):
             case wire.Kind.DATA:
+                if lane is Lane.BULK:
+                    channel.receipts.receive(_num_bytes(frames[1:]))
+                    self._send_receipt(channel)
                 self._on_payload(channel, lane, frames[1:])
+            case wire.Receipt(num_bytes):
+                self._on_receipt(channel, num_bytes)
             case wire.Kind.PICK:
                 self._take(channels.follow(channel))
             case wire.Kind.BYE if lane is Lane.CONTROL:
@@ -392,7 +464,15 @@ class ZeroMQTransport:
         if channel is self._peers[channel.peer].in_use:  # else it is late: its session is over
             self._inbox.put(Received(channel.peer, lane, tuple(part.bytes for part in parts)))
 
-    def _decode_header(self, peer: str, frames: list[zmq.Frame]) -> wire.Kind | wire.Greeting | None:
+    def _on_receipt(self, channel: Channel, num_bytes: int) -> None:
+        try:
+            channel.deliveries.acknowledge(num_bytes, self._now_s())
+        except MalformedError as error:
+            self._refuse(channel.peer, error.reason, f"{channel.peer} sent {error}")
+
+    def _decode_header(
+        self, peer: str, frames: list[zmq.Frame]
+    ) -> wire.Kind | wire.Greeting | wire.Receipt | None:
         """The header, or None after refusing it."""
         try:
             return wire.decode_header(bytes(frames[0].buffer[: wire.MAX_HEADER_BYTES + 1]))
@@ -427,10 +507,30 @@ class ZeroMQTransport:
             return False
         failure = send_now(channel.routes[lane], frames)
         if failure is None:
-            self._num_sent[channel.peer] += sum(map(len, frames))
+            self._num_sent[channel.peer] += sum(map(len, frames)) + FRAME_ENVELOPE_BYTES * len(frames)
         elif failure == errno.EHOSTUNREACH:
             channel.broken = channel.broken or f"the connection with {channel.peer} broke"
         return failure is None
+
+    def _send_receipt(self, channel: Channel) -> None:
+        """Tell the peer what has arrived, now or soon."""
+        if channel.receipt_is_due or channel not in self._peers[channel.peer].channels:
+            return
+        wait_s = channel.receipts.wait_s(self._now_s())
+        if wait_s == 0.0:
+            receipt = wire.Receipt(channel.receipts.take(self._now_s()))
+            self._put(channel, Lane.CONTROL, [wire.encode_receipt(receipt)])
+        elif wait_s is not None:
+            channel.receipt_is_due = True
+            asyncio.get_running_loop().call_later(wait_s, self._send_due_receipt, channel)
+
+    def _send_due_receipt(self, channel: Channel) -> None:
+        channel.receipt_is_due = False
+        self._send_receipt(channel)
+
+    def _make_channel(self, peer: str, channel_id: bytes, *, dialled: bool) -> Channel:
+        deliveries = Deliveries(self._links[peer])
+        return Channel(peer, channel_id, dialled, heard_s=self._now_s(), deliveries=deliveries)
 
     def _greet(self, channel: Channel, lane: Lane) -> None:
         self._put(channel, lane, [wire.encode_greeting(wire.Greeting(lane, self._session, channel.id))])
@@ -449,3 +549,8 @@ class ZeroMQTransport:
 
 def _num_bytes(frames: Iterable[zmq.Frame]) -> int:
     return sum(map(len, frames))
+
+
+def _unresolved(peer: str, address: str) -> str:
+    host, _ = split_address(address)
+    return f"the host name {host!r} of {peer} does not resolve: check the address of {peer} and this machine's name server"

@@ -48,6 +48,21 @@ def test_no_frame_is_much_finer_than_its_target(name):
     assert 0.097 < plan.error <= 0.1
 
 
+def test_what_the_links_carry_bounds_a_frame_that_wants_more_and_no_other():
+    sample = sample_difference(*make_pair(0.4), 1 << 15)
+    rate = RateControl(FramesConfig(target_error=0.05))
+    wanted = rate.plan([sample], 1000)
+    rate.limit_bytes = int(wanted.num_bytes) + 2000
+    assert rate.plan([sample], 1000) == wanted
+    rate.limit_bytes = int(wanted.num_bytes / 2)
+    limited = rate.plan([sample], 1000)
+    assert 0.7 * rate.limit_bytes < limited.num_bytes + 1000 <= rate.limit_bytes
+    assert limited.error > wanted.error
+    budgeted = RateControl(FramesConfig(exchange_budget_bytes=int(wanted.num_bytes)))
+    budgeted.limit_bytes = rate.limit_bytes
+    assert budgeted.plan([sample], 1000) == limited
+
+
 def test_a_small_change_is_followed_though_the_target_is_met_without():
     plan = plan_for(*make_pair(0.01), target_error=0.1)
     assert plan.left_share <= MAX_LEFT_SHARE

@@ -141,7 +141,8 @@ def test_a_fetched_frame_is_complete_readable_and_found_again(folder: Path, stor
     put_chunks(store, signed, content, frozenset({3, 1}))
     assert store.begin(signed) == {1, 3}
     assert newest_of(store, "tokyo") is None
-    assert store.read_chunk(signed.frame_id, 1) is None
+    assert store.read_chunk(signed.frame_id, 1) == content[MIN_CHUNK_BYTES : 2 * MIN_CHUNK_BYTES]
+    assert store.read_chunk(signed.frame_id, 2) is None
     put_chunks(store, signed, content, frozenset({0, 2}))
     stored = store.complete(signed.frame_id)
     assert stored.path.read_bytes() == content

@@ -103,7 +103,7 @@ def exchange() -> ScriptedExchange:
 def joined(
     model: nn.Module, exchange: ScriptedExchange | None, config: CodistillationConfig = EACH_STEP
 ) -> Codistiller:
-    return Codistiller(model, config, exchange=exchange, teachers={"tokyo": 1.0})
+    return Codistiller(model, config, exchange=exchange, teachers=[{"tokyo": 1.0}])
 
 
 # --- the loss ------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_a_forward_that_does_not_fit_is_told_at_the_first_step(
     exchange: ScriptedExchange, forward: Any, inputs: Tensor, sentence: str
 ) -> None:
     codistiller = Codistiller(
-        linear(0), IN_BURN_IN, exchange=exchange, teachers={"tokyo": 1.0}, forward=forward
+        linear(0), IN_BURN_IN, exchange=exchange, teachers=[{"tokyo": 1.0}], forward=forward
     )
     with pytest.raises(ConfigError, match=sentence) as raised:
         codistiller.loss(torch.zeros(2, 4), inputs)
@@ -193,7 +193,7 @@ def test_the_trial_happens_once_and_leaves_no_trace(exchange: ScriptedExchange) 
 
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))
     config = CodistillationConfig(burn_in_steps=3, agreement_interval_steps=1)
-    codistiller = Codistiller(model, config, exchange=exchange, teachers={"tokyo": 1.0}, forward=forward)
+    codistiller = Codistiller(model, config, exchange=exchange, teachers=[{"tokyo": 1.0}], forward=forward)
     exchange.ready = reference_of(model, 10)
     exchange.offer(10)
     inputs = torch.ones(2, 3)
@@ -216,7 +216,7 @@ def test_two_students_of_one_process_come_to_agree() -> None:
             model,
             EACH_STEP,
             exchange=board.exchange(name, models.keys() - {name}, on_event=events.append),
-            teachers={other: 1.0 for other in models if other != name},
+            teachers=[{other: 1.0 for other in models if other != name}],
         )
         for name, model in models.items()
     }
@@ -244,7 +244,7 @@ def test_weights_that_are_not_finite_are_not_published() -> None:
     model = linear(0)
     board = MemoryBoard()
     codistiller = Codistiller(
-        model, EACH_STEP, exchange=board.exchange("berlin", (), on_event=events.append), teachers={}
+        model, EACH_STEP, exchange=board.exchange("berlin", (), on_event=events.append), teachers=[]
     )
     with torch.no_grad():
         model.get_parameter("weight")[0, 0] = float("nan")
@@ -289,7 +289,7 @@ def test_in_burn_in_only_the_end_of_training_is_published(exchange: ScriptedExch
 
 def test_a_student_from_whom_nobody_learns_publishes_nothing(exchange: ScriptedExchange) -> None:
     codistiller = Codistiller(
-        linear(0), EACH_STEP, exchange=exchange, teachers={"tokyo": 1.0}, num_students=0
+        linear(0), EACH_STEP, exchange=exchange, teachers=[{"tokyo": 1.0}], num_students=0
     )
     codistiller.step()
     codistiller.publish()
@@ -341,7 +341,7 @@ def test_a_resumed_student_goes_on_with_its_average(exchange: ScriptedExchange) 
 def test_nothing_is_averaged_for_nobody(exchange: ScriptedExchange) -> None:
     for codistiller in (
         joined(linear(0), None, AVERAGED),
-        Codistiller(linear(0), AVERAGED, exchange=exchange, teachers={"tokyo": 1.0}, num_students=0),
+        Codistiller(linear(0), AVERAGED, exchange=exchange, teachers=[{"tokyo": 1.0}], num_students=0),
         joined(linear(0), exchange),
     ):
         for _ in range(6):
@@ -480,7 +480,7 @@ def test_a_resumed_student_has_its_teachers_before_its_first_step(exchange: Scri
     model, inputs = linear(0), torch.randn(5, 3)
 
     def student(exchange: ScriptedExchange) -> Codistiller:
-        return Codistiller(model, EACH_STEP, exchange=exchange, teachers={"tokyo": 1.0}, forward=stateful)
+        return Codistiller(model, EACH_STEP, exchange=exchange, teachers=[{"tokyo": 1.0}], forward=stateful)
 
     codistiller = student(exchange)
     exchange.ready = reference_of(linear(1), 10)
@@ -551,7 +551,7 @@ def rank_main(rank: int, folder: Path) -> None:
     references = [reference_of(linear(100 + step), step) for step in range(8)]
     exchange = SlowRankExchange(rank, references)
     student = DistributedDataParallel(linear(0))
-    codistiller = Codistiller(student, EACH_STEP, exchange=exchange, teachers={"tokyo": 1.0})
+    codistiller = Codistiller(student, EACH_STEP, exchange=exchange, teachers=[{"tokyo": 1.0}])
     torch.manual_seed(rank)
     versions = []
     while not codistiller.stop_requested:
@@ -567,7 +567,7 @@ def rank_main(rank: int, folder: Path) -> None:
     if rank == 0:
         restarted.offer(7)
     restarted.ready = references[7]
-    resumed = Codistiller(student, EACH_STEP, exchange=restarted, teachers={"tokyo": 1.0})
+    resumed = Codistiller(student, EACH_STEP, exchange=restarted, teachers=[{"tokyo": 1.0}])
     resumed.load_state_dict(codistiller.state_dict())
     result = {
         "versions": versions,

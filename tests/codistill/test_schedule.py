@@ -9,6 +9,7 @@ from p2pcodistill.codistill.schedule import (
     averaging_is_due,
     distillation_weight,
     exchange_is_due,
+    teachers_due,
 )
 from p2pcodistill.config import CodistillationConfig
 
@@ -49,6 +50,14 @@ def test_averaging_begins_an_interval_before_the_end_of_burn_in(burn_in_steps: i
 
 def test_without_a_decay_nothing_is_averaged() -> None:
     assert not any(averaging_is_due(CodistillationConfig(burn_in_steps=0), step) for step in range(100))
+
+
+def test_tables_of_teachers_are_used_in_turn_an_exchange_interval_each() -> None:
+    config = CodistillationConfig(exchange_interval_steps=3)
+    tables = [{"a": 1.0}, {"b": 2.0}]
+    due = [teachers_due(config, tables, num_steps) for num_steps in range(9)]
+    assert due == [{"a": 1.0}] * 3 + [{"b": 2.0}] * 3 + [{"a": 1.0}] * 3
+    assert teachers_due(config, [], 5) == {}
 
 
 def test_agreement_is_due_at_multiples_of_its_interval() -> None:

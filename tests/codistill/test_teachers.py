@@ -60,12 +60,11 @@ def reference_of(model: nn.Module, step: int = 1) -> Reference:
 def test_a_teacher_predicts_like_the_checkpointed_model_in_eval_mode() -> None:
     student, peer = Tied(), Tied()
     peer(torch.arange(10))  # moves its running statistics
-    bank = TeacherBank(student, {"tokyo": 1.0}, forward_stateless)
+    bank = TeacherBank(student, ["tokyo"], forward_stateless)
     bank.load("tokyo", reference_of(peer), (1, 5))
-    [logits], weights = bank.predict(torch.arange(10))
+    logits = bank.predict(torch.arange(10), ["tokyo"])["tokyo"]
     peer.eval()
     torch.testing.assert_close(logits, peer(torch.arange(10)), rtol=1e-2, atol=1e-2)
-    assert weights == [1.0]
     module = bank.teachers["tokyo"].module
     assert torch.equal(module.get_buffer("norm.running_mean"), peer.norm.running_mean), "buffers are exact"
     assert module.get_parameter("readout.weight") is module.get_parameter("embedding.weight"), "ties stay"
@@ -79,7 +78,7 @@ def test_a_bank_in_lower_precision_is_smaller_and_loads_in_place(
     precision: Precision, matrix_bytes: int
 ) -> None:
     student, peers = Tied(256), [Tied(256), Tied(256)]
-    bank = TeacherBank(student, {"a": 1.0, "b": 1.0}, forward_stateless, precision=precision)
+    bank = TeacherBank(student, ["a", "b"], forward_stateless, precision=precision)
     num_bytes = 2 * (matrix_bytes + 4 * 256 * 4 + 8)  # the batch norm stays as it is
     assert bank.num_bytes == num_bytes
     for step, peer in enumerate(peers):
@@ -89,7 +88,7 @@ def test_a_bank_in_lower_precision_is_smaller_and_loads_in_place(
         bank.load("b", reference, (0, step))
         for tensor in reference.tensors.values():
             tensor.zero_()  # the next delta frame moves it on
-        [logits], _ = bank.predict(torch.arange(10))
+        logits = bank.predict(torch.arange(10), ["b"])["b"]
         expected = peer.eval()(torch.arange(10))
         assert logits.dtype == torch.float32
         assert (logits - expected).norm() < 0.02 * expected.norm()
@@ -100,32 +99,33 @@ def test_a_bank_in_lower_precision_is_smaller_and_loads_in_place(
 def test_teachers_neither_learn_nor_share_memory_with_the_student() -> None:
     student = Tied()
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    bank = TeacherBank(student, {"tokyo": 1.0}, forward_stateless)
+    bank = TeacherBank(student, ["tokyo"], forward_stateless)
     bank.load("tokyo", reference_of(Tied()), (0, 1))
     module = bank.teachers["tokyo"].module
     statistics = module.get_buffer("norm.running_mean").clone()
-    [logits], _ = bank.predict(torch.arange(10))
+    logits = bank.predict(torch.arange(10), ["tokyo"])["tokyo"]
     assert not logits.requires_grad
     assert not module.training and not any(parameter.requires_grad for parameter in module.parameters())
     assert torch.equal(module.get_buffer("norm.running_mean"), statistics)
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
 
 
-def test_weights_are_normalised_over_the_teachers_present() -> None:
-    bank = TeacherBank(Tied(), {"a": 1.0, "b": 2.0, "c": 6.0}, forward_stateless)
-    assert bank.present == []
+def test_only_those_who_are_asked_run_and_have_a_version_once_loaded() -> None:
+    bank = TeacherBank(Tied(), ["a", "b", "c"], forward_stateless)
+    assert bank.versions == {}
     bank.load("a", reference_of(Tied()), (0, 1))
-    bank.load("c", reference_of(Tied()), (0, 1))
-    logits, weights = bank.predict(torch.arange(10))
-    assert len(logits) == 2
-    assert weights == pytest.approx([1 / 7, 6 / 7])
+    bank.load("c", reference_of(Tied()), (0, 2))
+    assert bank.versions == {"a": (0, 1), "c": (0, 2)}
+    assert bank.predict(torch.arange(10), ["c", "a"]).keys() == {"a", "c"}
+    assert bank.predict(torch.arange(10), ["c"]).keys() == {"c"}
+    assert bank.predict(torch.arange(10), []) == {}
 
 
 def test_inputs_may_be_a_tuple() -> None:
     model = nn.Bilinear(2, 3, 4)
-    bank = TeacherBank(model, {"a": 1.0}, forward_stateless)
+    bank = TeacherBank(model, ["a"], forward_stateless)
     bank.load("a", reference_of(model), (0, 1))
-    [logits], _ = bank.predict((torch.ones(5, 2), torch.ones(5, 3)))
+    logits = bank.predict((torch.ones(5, 2), torch.ones(5, 3)), ["a"])["a"]
     assert logits.shape == (5, 4)
 
 
@@ -136,28 +136,46 @@ def test_a_carried_state_survives_swaps_and_resumes(autocast: bool) -> None:
     windows = torch.randn(3, 2, 5, 4)  # windows, batch, time, features
 
     def bank_of(reference: Reference) -> TeacherBank:
-        bank = TeacherBank(student, {"a": 1.0}, run_recurrent)
+        bank = TeacherBank(student, ["a"], run_recurrent)
         bank.load("a", reference, (0, 1))
         return bank
 
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         bank = bank_of(reference_of(student))
-        bank.predict(windows[0])
+        bank.predict(windows[0], ["a"])
         saved = bank.state_dict()
         bank.load("a", reference_of(student, step=2), (0, 2))
-        [carried], _ = bank.predict(windows[1])
+        carried = bank.predict(windows[1], ["a"])["a"]
         resumed = bank_of(reference_of(student))
         resumed.load_state_dict(saved)
-        [again], _ = resumed.predict(windows[1])
-        [fresh], _ = bank_of(reference_of(student)).predict(windows[1])
+        again = resumed.predict(windows[1], ["a"])["a"]
+        fresh = bank_of(reference_of(student)).predict(windows[1], ["a"])["a"]
     assert saved["a"]["version"] == [0, 1]
     assert torch.equal(carried, again)
     assert not torch.equal(carried, fresh)
     assert carried.dtype == (torch.bfloat16 if autocast else torch.float32)
 
 
+def test_a_teacher_that_does_not_run_starts_from_no_state_again() -> None:
+    torch.manual_seed(0)
+    student = Recurrent()
+    windows = torch.randn(2, 2, 5, 4)
+    bank = TeacherBank(student, ["a", "b"], run_recurrent)
+    for name in "ab":
+        bank.load(name, reference_of(student), (0, 1))
+    bank.predict(windows[0], ["a", "b"])
+    bank.predict(windows[0], ["a"])
+    logits = bank.predict(windows[1], ["a", "b"])
+    fresh = TeacherBank(student, ["a"], run_recurrent)
+    fresh.load("a", reference_of(student), (0, 1))
+    assert torch.equal(logits["b"], fresh.predict(windows[1], ["a"])["a"])
+    assert not torch.equal(logits["a"], logits["b"])
+    bank.forget_state("a")
+    assert torch.equal(bank.predict(windows[1], ["a"])["a"], logits["b"])
+
+
 def test_a_state_of_a_former_teacher_is_left_out() -> None:
-    bank = TeacherBank(Recurrent(), {"a": 1.0}, run_recurrent)
+    bank = TeacherBank(Recurrent(), ["a"], run_recurrent)
     bank.load_state_dict({"gone": {"version": [0, 1], "state": None}})
     assert bank.state_dict() == {}
 
@@ -171,7 +189,7 @@ def test_a_state_of_a_former_teacher_is_left_out() -> None:
     ],
 )
 def test_another_model_is_refused_and_the_difference_named(peer: nn.Module, sentence: str) -> None:
-    bank = TeacherBank(Tied(), {"a": 1.0}, forward_stateless)
+    bank = TeacherBank(Tied(), ["a"], forward_stateless)
     with pytest.raises(SchemaMismatchError, match=sentence):
         bank.check(reference_of(peer))
     bank.check(reference_of(Tied()))
@@ -181,7 +199,7 @@ def test_the_student_may_be_compiled() -> None:
     model = Tied()
     compiled = torch.compile(model, backend="eager")
     assert unwrap(compiled) is model
-    TeacherBank(compiled, {"a": 1.0}, forward_stateless).check(reference_of(model))
+    TeacherBank(compiled, ["a"], forward_stateless).check(reference_of(model))
 
 
 def test_hooks_of_the_students_stay_with_the_student() -> None:
@@ -198,11 +216,11 @@ def test_hooks_of_the_students_stay_with_the_student() -> None:
         part.register_forward_hook(hook, with_kwargs=False, always_call=True)
         part.register_full_backward_pre_hook(hook)
         part.register_full_backward_hook(hook)
-    bank = TeacherBank(student, {"a": 1.0}, forward_stateless)
+    bank = TeacherBank(student, ["a"], forward_stateless)
     peer = nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 4)), nn.Linear(4, 5))
     bank.load("a", reference_of(peer), (0, 1))
     inputs = torch.ones(2, 3)
-    [logits], _ = bank.predict(inputs)
+    logits = bank.predict(inputs, ["a"])["a"]
     assert num_calls == 0
     peer.eval()
     torch.testing.assert_close(logits, peer(inputs), rtol=1e-2, atol=1e-2)

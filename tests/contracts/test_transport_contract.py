@@ -225,6 +225,21 @@ async def test_a_session_ends_when_the_peer_closes_and_another_begins_when_it_is
     await close(a, b)
 
 
+async def test_nothing_that_is_meant_for_one_session_gets_into_the_next(sites: Sites) -> None:
+    a, b = await open_pair(sites)
+    await b.close()
+    b = sites.make("b")
+    await b.open()
+    assert await expect(b, Opened) == Opened("a")  # a has not been told yet
+    assert not a.send("b", Lane.CONTROL, [b"to the former process of b"])
+    assert isinstance(await next_event(a), Closed)
+    assert not a.send("b", Lane.CONTROL, [b"to nobody"])
+    assert await expect(a, Opened) == Opened("b")
+    assert a.send("b", Lane.CONTROL, [b"to the new one"])
+    assert await next_event(b) == Received("a", Lane.CONTROL, (b"to the new one",))
+    await close(a, b)
+
+
 async def test_last_words_arrive_before_the_session_ends(sites: Sites) -> None:
     for leaving in range(2):  # on either side of the dial
         pair = await open_pair(sites)
@@ -264,6 +279,23 @@ async def test_traffic_is_counted_for_each_peer(sites: Sites) -> None:
     assert 150_000 <= b.traffic()["a"].num_bytes_received - before[1]["a"].num_bytes_received < 151_000
     assert b.traffic()["a"].num_bytes_sent < 1000
     assert (a.traffic()["c"].num_bytes_sent, a.traffic()["c"].num_bytes_received) == (0, 0)
+    await close(a, b)
+
+
+async def test_bulk_that_nobody_takes_is_bounded_in_bytes_and_shown(sites: Sites) -> None:
+    a, b = await open_pair(sites)
+    num_sent = 0
+    async with asyncio.timeout(GENEROUS_S):
+        while (num_under_way := a.traffic()["b"].num_bytes_under_way) < 3 << 20:
+            num_sent += a.send("b", Lane.BULK, [bytes(1 << 18)])
+            await asyncio.sleep(0)
+    assert num_under_way <= num_sent << 18 <= 20 << 20, "an inbox and a queue, of 8 MiB at most each"
+    async with asyncio.timeout(GENEROUS_S):
+        for _ in range(num_sent):
+            assert isinstance(await b.receive(), Received)
+        while a.traffic()["b"].num_bytes_under_way:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert b.traffic()["a"].num_bytes_under_way == 0
     await close(a, b)
 
 

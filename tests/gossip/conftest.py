@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +22,7 @@ from p2pcodistill.checkpoint.manifest import (
     sign_manifest,
     verify_manifest,
 )
+from p2pcodistill.errors import SignatureError
 from p2pcodistill.gossip.messages import Chunk, Gone, Message, Want, decode_message, encode_message, lane_of
 from p2pcodistill.gossip.protocol import (
     AbandonFrame,
@@ -38,6 +39,8 @@ from p2pcodistill.gossip.protocol import (
     Gossip,
     OfferFrame,
     PayloadReceived,
+    PeerClosed,
+    PeerOpened,
     PinSchema,
     RaiseIncarnation,
     Report,
@@ -45,13 +48,14 @@ from p2pcodistill.gossip.protocol import (
     SendPayload,
     ServeChunk,
     StoreChunk,
+    Ticked,
     members_digest,
 )
 from p2pcodistill.identity import Identity, PublicIdentity
 
 RUN = "run"
 MAX_FRAME_BYTES = 1 << 20
-MEMBERS = ("berlin", "tokyo", "lima")
+MEMBERS = ("berlin", "tokyo", "lima", "oslo")
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Frame:
 
 
 class Sites:
-    """Three members with identities, who publish whatever a test asks for."""
+    """Four members with identities, who publish whatever a test asks for."""
 
     def __init__(self) -> None:
         self.identities = {name: self._identity(name) for name in (*MEMBERS, "stranger")}
@@ -133,6 +137,10 @@ class Sites:
         ]
         return [self.frame(origin, 0, num_chunks=9, num_fp16_bytes=10 * MIN_CHUNK_BYTES), *deltas]
 
+    def net(self, *nodes: Node, apart: Sequence[tuple[str, str]] = ()) -> Net:
+        """The nodes, connected but for the pairs that are `apart`."""
+        return Net(*nodes, apart=apart)
+
     def node(self, name: str, **settings: Any) -> Node:
         """The node of a member; `settings` as of `Node`."""
         return Node(self, name, **settings)
@@ -162,6 +170,16 @@ class Store:
         frames = self.frames_of(origin)
         return cheapest_path(frames, None, reachable(frames)) or []
 
+    @staticmethod
+    def is_of_origin(frame: Frame, sites: Sites) -> bool:
+        """Whether its origin signed it: it is no local keyframe."""
+        signed = frame.signed
+        try:
+            verify_manifest(signed.body, signed.signature, sites.members[signed.manifest.origin])
+        except SignatureError:
+            return False
+        return True
+
     def held(self, origin: str) -> Version | None:
         """Where the chain leads to."""
         chain = self.chain(origin)
@@ -190,6 +208,7 @@ class Node:
     ) -> None:
         self.sites = sites
         self.name = name
+        self.teachers = tuple(teachers)
         self.store = Store() if store is None else store
         self.window_bytes = window_bytes
         self.now_s = 0.0
@@ -214,8 +233,14 @@ class Node:
             "held": {teacher: held for teacher in teachers if (held := self.store.held(teacher))},
             "own_frames": [frame.signed for frame in self.store.frames_of(name)],
             "pinned_schemas": dict(self.store.pins),
+            "chains": {
+                origin: [frame.signed for frame in frames if self.store.is_of_origin(frame, sites)]
+                for origin in sites.members
+                if origin != name and (frames := self.store.frames_of(origin))
+            },
             "max_frame_bytes": MAX_FRAME_BYTES,
             "window_bytes": window_bytes,
+            "ping_interval_s": float("inf"),
         }
         self.gossip = Gossip(**(settings | changes))
 
@@ -253,16 +278,19 @@ class Node:
     def prune(self) -> None:
         """Drop what the protocol does not need, and partial frames that were superseded while nobody was there."""
         store, in_use = self.store, self.gossip.frames_in_use(self.now_s)
-        held = {origin: store.held(origin) for origin in MEMBERS}
+        members = self.sites.members
+        held = {origin: store.held(origin) for origin in members}
         kept = {
-            frame.frame_id for origin in MEMBERS if origin != self.name for frame in store.chain(origin)
+            frame.frame_id for origin in members if origin in self.teachers for frame in store.chain(origin)
         } | in_use
         for frame_id, frame in list(store.frames.items()):
             origin = frame.signed.manifest.origin
             reached = held[origin]
-            is_ahead = origin != self.name and (reached is None or frame.version > reached)
+            is_ahead = origin in self.teachers and (reached is None or frame.version > reached)
             if frame_id not in kept and not is_ahead:
                 del store.frames[frame_id]
+                if origin != self.name:
+                    self.feed(FrameLost(frame_id))
         for frame_id, (signed, _) in list(store.partials.items()):
             reached = held[signed.manifest.origin]
             if frame_id not in in_use and reached is not None and reached >= signed.version:
@@ -323,6 +351,9 @@ class Node:
                 if frame_id in store.frames:
                     self.num_chunks_served += 1
                     self._send(peer, Chunk(frame_id, index, store.frames[frame_id].chunks[index]))
+                elif index in store.partials.get(frame_id, (None, {}))[1]:
+                    self.num_chunks_served += 1
+                    self._send(peer, Chunk(frame_id, index, store.partials[frame_id][1][index]))
                 else:
                     self._send(peer, Gone(frame_id))
                     return [FrameLost(frame_id)]
@@ -374,6 +405,58 @@ class Node:
         assert held is not None and held >= signed.version
         assert before is None or before < held
         self._reached[manifest.origin] = held
+
+
+class Net:
+    """Nodes that are all connected unless they are `cut`: messages are delivered in turns, one of each link at a time."""
+
+    def __init__(self, *nodes: Node, apart: Sequence[tuple[str, str]] = ()) -> None:
+        self.nodes = {node.name: node for node in nodes}
+        self.queues: dict[tuple[str, str], deque[SendPayload]] = {}
+        self.history: defaultdict[tuple[str, str], list[Message]] = defaultdict(list)
+        for a in self.nodes:
+            for b in self.nodes:
+                if a < b and (a, b) not in apart and (b, a) not in apart:
+                    self.connect(a, b)
+
+    def connect(self, a: str, b: str) -> None:
+        self.queues[a, b], self.queues[b, a] = deque(), deque()
+        self.nodes[a].feed(PeerOpened(b))
+        self.nodes[b].feed(PeerOpened(a))
+
+    def cut(self, a: str, b: str) -> None:
+        del self.queues[a, b], self.queues[b, a]
+        self.nodes[a].feed(PeerClosed(b, "cut"))
+        self.nodes[b].feed(PeerClosed(a, "cut"))
+
+    def turn(self) -> bool:
+        """Every link delivers one payload; whether there were any."""
+        for node in self.nodes.values():
+            while node.sent:
+                action = node.sent.popleft()
+                if (node.name, action.peer) in self.queues:
+                    self.queues[node.name, action.peer].append(action)
+        busy = [link for link, queue in self.queues.items() if queue]
+        for link in busy:
+            if queue := self.queues.get(link):
+                payload = queue.popleft().payload
+                self.history[link].append(decode_message(payload))
+                self.nodes[link[1]].feed(PayloadReceived(link[0], payload))
+        return bool(busy)
+
+    def settle(self) -> None:
+        """Deliver until nothing is under way."""
+        for _ in range(10_000):
+            if not self.turn():
+                return
+        raise AssertionError("they do not come to rest")
+
+    def wait(self, seconds: float) -> None:
+        """Time passes for all."""
+        for node in self.nodes.values():
+            node.now_s += seconds
+            node.feed(Ticked())
+        self.settle()
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,12 @@ def test_what_the_store_holds_is_known(sites: Any) -> None:
 REFUSALS: list[tuple[str, dict[str, Any], type[RefusedError], str]] = [
     ("stranger", {"origin": "stranger"}, UnknownPeerError, "no teacher of this site"),
     ("tokyo", {"signer": "lima"}, SignatureError, "does not verify"),
-    ("tokyo", {"origin": "lima", "signer": "tokyo"}, SignatureError, "tokyo signed .* in the name of 'lima'"),
+    (
+        "tokyo",
+        {"origin": "lima", "signer": "tokyo"},
+        SignatureError,
+        "tokyo announced a checkpoint in the name of 'lima': .*not verify",
+    ),
     ("tokyo", {"run": "last week"}, ReplayedError, "belongs to run 'last week', not 'run'"),
     ("tokyo", {"step": 49}, ReplayedError, "step 49 of incarnation 1 again, after step 50"),
     (

@@ -48,13 +48,14 @@ def test_a_session_goes_from_hello_to_ready_to_gone(membership: Membership) -> N
     membership.close("tokyo")
 
 
-def test_ready_peers_are_in_member_order(membership: Membership) -> None:
+def test_ready_peers_are_in_the_order_of_their_hellos(membership: Membership) -> None:
     for peer in ("lima", "tokyo", "berlin"):
         membership.open(peer, known_incarnation=0)
         membership.accept(peer, HELLO)
     membership.refuse("tokyo")
 
-    assert membership.ready_peers == ("berlin", "lima")
+    assert membership.ready_peers == ("lima", "berlin")
+    assert membership.is_ready("lima") and not membership.is_ready("tokyo")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_ready_peers_are_in_member_order(membership: Membership) -> None:
     [
         (
             {"protocol_version": 1},
-            "tokyo speaks version 1 of the protocol, this site version 2: install the same",
+            "tokyo speaks version 1 of the protocol, this site version 3: install the same",
         ),
         ({"run": "other\x1b"}, r"run 'other\\x1b', this site to run 'run': give both the same run name"),
         ({"members_digest": bytes(32), "topology_digest": bytes(32)}, "tokyo lists other members: [^;]*$"),

@@ -11,6 +11,7 @@ from p2pcodistill.checkpoint.chain import MAX_CHAIN_FRAMES
 from p2pcodistill.checkpoint.manifest import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, Version
 from p2pcodistill.errors import MalformedError, OversizedError
 from p2pcodistill.gossip.messages import (
+    MAX_HAVE_BYTES,
     MAX_HEADER_BYTES,
     MAX_WANT_INDICES,
     MAX_WHY_CHARS,
@@ -19,11 +20,17 @@ from p2pcodistill.gossip.messages import (
     CatchUp,
     Chunk,
     Finished,
+    Follow,
     Gone,
+    Have,
     Hello,
     Lane,
     Message,
+    NoPath,
+    Ping,
+    Pong,
     Refusal,
+    Unfollow,
     Want,
     decode_message,
     encode_message,
@@ -37,17 +44,24 @@ numbers = st.integers(0, 2**63 - 1)
 digests = st.binary(min_size=32, max_size=32)
 frame_ids = digests.map(bytes.hex)
 printable = st.characters(codec="utf-8", exclude_categories=("C", "Z"))
+names = st.text(printable, max_size=64)
+versions = st.none() | st.builds(Version, numbers, numbers)
 messages = st.one_of(
-    st.builds(
-        Hello, st.just(PROTOCOL_VERSION), st.text(printable, max_size=64), digests, digests, numbers, numbers
-    ),
+    st.builds(Hello, st.just(PROTOCOL_VERSION), names, digests, digests, numbers, numbers),
     st.builds(
         Announce,
         st.binary(max_size=300),
         st.binary(min_size=64, max_size=64),
         st.none() | st.integers(0, MAX_CHAIN_FRAMES - 1),
+        st.booleans(),
     ),
-    st.builds(CatchUp, st.none() | st.builds(Version, numbers, numbers), st.booleans()),
+    st.builds(CatchUp, versions, st.booleans(), st.none() | names),
+    st.builds(NoPath, names),
+    st.builds(Have, frame_ids, st.integers(0, 2**100)),
+    st.builds(Follow, names, versions, numbers),
+    st.builds(Unfollow, names),
+    st.builds(Ping, numbers),
+    st.builds(Pong, numbers),
     st.builds(
         Want, frame_ids, st.sets(numbers, min_size=1, max_size=20).map(lambda indices: tuple(sorted(indices)))
     ),
@@ -97,7 +111,9 @@ def test_the_largest_messages_survive_the_wire() -> None:
         Refusal("a" * 32, "\N{GRINNING FACE}" * MAX_WHY_CHARS),
         Chunk(FRAME_ID, high, bytes(MAX_CHUNK_BYTES)),
         Announce(bytes(MAX_MANIFEST_BYTES), bytes(64), MAX_CHAIN_FRAMES - 1),
-        CatchUp(Version(high, high)),
+        CatchUp(Version(high, high), True, "a" * 64),
+        Follow("\N{GRINNING FACE}" * 64, Version(high, high), high),
+        Have(FRAME_ID, 2 ** (8 * MAX_HAVE_BYTES) - 1),
     ):
         assert decode_message(encode_message(message)) == message
 
@@ -109,7 +125,7 @@ def test_arbitrary_bytes_are_refused_or_are_a_message(payload: tuple[bytes, ...]
     assert message is None or refused_or_message(encode_message(message)) == message
 
 
-@given(st.integers(0, 10), st.lists(values, max_size=7), st.lists(st.binary(max_size=20), max_size=2))
+@given(st.integers(0, 15), st.lists(values, max_size=7), st.lists(st.binary(max_size=20), max_size=2))
 def test_arbitrary_fields_are_refused_or_are_a_message(
     code: int, fields: list[object], bulk: list[bytes]
 ) -> None:
@@ -163,20 +179,29 @@ def pack(*fields: object) -> bytes:
         ((pack(3, RAW_ID, [2, 1]),), "ascending"),
         ((pack(3, RAW_ID, 7),), "of type list"),
         ((pack(3, RAW_ID, list(range(MAX_WANT_INDICES + 1))),), "does not parse"),
-        ((pack(2, bytes(63), None), b"body"), "64 bytes, not 63"),
-        ((pack(2, bytes(64)), b"body"), "ANNOUNCE has 2 fields, not 1"),
-        ((pack(2, bytes(64), -1), b"body"), "between 0 and"),
-        ((pack(2, bytes(64), True), b"body"), "of type int"),
-        ((pack(2, bytes(64), MAX_CHAIN_FRAMES), b"body"), "at most 64 frames"),
-        ((pack(8, 1),), "CATCH_UP has 3 fields, not 1"),
-        ((pack(8, 1, None, False),), "of type int"),
-        ((pack(8, None, 1, False),), "of type int"),
-        ((pack(8, 1, 2**63, False),), "between 0 and"),
-        ((pack(8, False, False, False),), "of type int"),
-        ((pack(8, None, None, 0),), "of type bool"),
+        ((pack(2, bytes(63), None, True), b"body"), "64 bytes, not 63"),
+        ((pack(2, bytes(64)), b"body"), "ANNOUNCE has 3 fields, not 1"),
+        ((pack(2, bytes(64), -1, True), b"body"), "between 0 and"),
+        ((pack(2, bytes(64), True, True), b"body"), "of type int"),
+        ((pack(2, bytes(64), MAX_CHAIN_FRAMES, True), b"body"), "at most 64 frames"),
+        ((pack(2, bytes(64), None, 1), b"body"), "of type bool"),
+        ((pack(8, 1),), "CATCH_UP has 4 fields, not 1"),
+        ((pack(8, 1, None, False, None),), "of type int"),
+        ((pack(8, None, 1, False, None),), "of type int"),
+        ((pack(8, 1, 2**63, False, None),), "between 0 and"),
+        ((pack(8, False, False, False, None),), "of type int"),
+        ((pack(8, None, None, 0, None),), "of type bool"),
+        ((pack(8, None, None, False, 7),), "of type str"),
+        ((pack(9, "ber\nlin"),), "printable"),
+        ((pack(10, RAW_ID, 5),), "of type bytes"),
+        ((pack(11, "berlin", 1, None, 0),), "of type int"),
+        ((pack(11, "berlin", None, None, None),), "of type int"),
+        ((pack(12, None),), "of type str"),
+        ((pack(13, -1),), "between 0 and"),
+        ((pack(14, "now"),), "of type int"),
         ((pack(7, "Bad Reason", "why"),), "not a word"),
         ((pack(7, "malformed", "\x1b[2J"),), "printable"),
-        ((pack(1, 2, "run\n", bytes(32), bytes(32), 0, 0),), "printable"),
+        ((pack(1, PROTOCOL_VERSION, "run\n", bytes(32), bytes(32), 0, 0),), "printable"),
         ((pack(1),), "HELLO has 6 fields"),
         ((pack(1, "one"),), "of type int"),
     ],
@@ -191,10 +216,12 @@ def test_malformed(payload: tuple[bytes, ...], words: str) -> None:
     [
         (bytes(MAX_HEADER_BYTES + 1),),
         (pack(4, RAW_ID, 0), bytes(MAX_CHUNK_BYTES + 1)),
-        (pack(2, bytes(64), 0), bytes(MAX_MANIFEST_BYTES + 1)),
+        (pack(2, bytes(64), 0, True), bytes(MAX_MANIFEST_BYTES + 1)),
+        (pack(10, RAW_ID, bytes(MAX_HAVE_BYTES + 1)),),
+        (pack(12, "o" * 65),),
         (pack(7, "a" * 33, "why"),),
         (pack(7, "malformed", "a" * (MAX_WHY_CHARS + 1)),),
-        (pack(1, 2, "r" * 65, bytes(32), bytes(32), 0, 0),),
+        (pack(1, PROTOCOL_VERSION, "r" * 65, bytes(32), bytes(32), 0, 0),),
     ],
 )
 def test_oversized(payload: tuple[bytes, ...]) -> None:
@@ -229,6 +256,12 @@ def test_only_chunks_are_bulk() -> None:
             Hello(1, "run", bytes(32), bytes(32), 0, 0),
             Announce(b"", b""),
             CatchUp(None),
+            NoPath("berlin"),
+            Have(FRAME_ID, 1),
+            Follow("berlin", None, 0),
+            Unfollow("berlin"),
+            Ping(1),
+            Pong(1),
             Want(FRAME_ID, (0,)),
             Gone(FRAME_ID),
             Finished(),

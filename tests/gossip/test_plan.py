@@ -64,14 +64,14 @@ def at_5(sites: Any) -> Planned:
 def test_what_leads_on_is_appended_and_what_does_not_is_asked_for(at_5: Planned) -> None:
     at_5.announce(at_5.delta(6), at_5.delta(7))
     assert at_5.steps == [6, 7]
-    assert at_5.plan.ask() is None
+    assert at_5.plan.ask("tokyo") is None
 
     at_5.announce(at_5.delta(9))
     assert at_5.steps == [6, 7]
-    assert at_5.plan.ask() == CatchUp(at(5))
-    assert at_5.plan.ask() is None, "one request at a time"
+    assert at_5.plan.ask("tokyo") == CatchUp(at(5))
+    assert at_5.plan.ask("tokyo") is None, "one request at a time"
     at_5.announce(at_5.delta(10))
-    assert at_5.plan.ask() is None
+    assert at_5.plan.ask("tokyo") is None
 
 
 def test_what_is_old_or_planned_changes_nothing(at_5: Planned) -> None:
@@ -79,7 +79,7 @@ def test_what_is_old_or_planned_changes_nothing(at_5: Planned) -> None:
     at_5.announce(planned, planned, at_5.delta(5), at_5.frame(5, None), at_5.frame(6, None))
 
     assert at_5.steps == [6]
-    assert at_5.plan.ask() is None
+    assert at_5.plan.ask("tokyo") is None
 
 
 def test_a_keyframe_replaces_all_but_what_is_being_fetched(at_5: Planned) -> None:
@@ -97,7 +97,7 @@ def test_a_keyframe_replaces_all_but_what_is_being_fetched(at_5: Planned) -> Non
 def test_a_keyframe_makes_a_request_superfluous(at_5: Planned) -> None:
     at_5.announce(at_5.delta(9), at_5.frame(10, None))
 
-    assert at_5.plan.ask() is None
+    assert at_5.plan.ask("tokyo") is None
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2])
@@ -105,12 +105,12 @@ def test_delta_frames_that_have_become_too_many_are_left_to_a_path(at_5: Planned
     at_5.announce(at_5.delta(6)).fetch()
     frames = [at_5.delta(step, num_chunks=num_chunks) for step in range(7, 7 + MAX_CHAIN_FRAMES)]
     at_5.announce(*frames[: 9 if num_chunks == 2 else MAX_CHAIN_FRAMES - 1])
-    assert at_5.plan.ask() is None
+    assert at_5.plan.ask("tokyo") is None
 
     at_5.announce(*frames)
 
     assert at_5.steps == [6]
-    assert at_5.plan.ask() == CatchUp(at(5))
+    assert at_5.plan.ask("tokyo") == CatchUp(at(5))
 
 
 def test_a_keyframe_that_waits_is_kept_when_the_delta_frames_after_it_are_not(at_5: Planned) -> None:
@@ -118,7 +118,7 @@ def test_a_keyframe_that_waits_is_kept_when_the_delta_frames_after_it_are_not(at
     at_5.announce(at_5.frame(7, None, num_chunks=9), *(at_5.delta(step, num_chunks=5) for step in (8, 9, 10)))
 
     assert at_5.steps == [6, 7]
-    assert at_5.plan.ask() is not None
+    assert at_5.plan.ask("tokyo") is not None
 
 
 # --- paths -----------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_a_path_takes_the_place_of_the_plan_and_keeps_what_is_being_fetched(at_5
     at_5.announce(at_5.delta(6)).fetch()
     at_5.announce(at_5.delta(9))
     head = at_5.plan.head
-    assert at_5.plan.ask() == CatchUp(at(5))
+    assert at_5.plan.ask("tokyo") == CatchUp(at(5))
 
     at_5.plan.follow("tokyo", [at_5.delta(step) for step in (6, 7, 8, 9)])
 
@@ -139,7 +139,7 @@ def test_a_path_takes_the_place_of_the_plan_and_keeps_what_is_being_fetched(at_5
 
 def test_a_path_by_a_keyframe_comes_after_what_is_being_fetched(at_5: Planned) -> None:
     at_5.announce(at_5.delta(6)).fetch().announce(at_5.delta(9))
-    at_5.plan.ask()
+    at_5.plan.ask("tokyo")
 
     at_5.plan.follow("tokyo", [at_5.frame(9, None)])
 
@@ -149,7 +149,7 @@ def test_a_path_by_a_keyframe_comes_after_what_is_being_fetched(at_5: Planned) -
 
 def test_a_path_counts_from_what_has_arrived_since_it_was_asked_for(at_5: Planned) -> None:
     at_5.announce(at_5.delta(6), at_5.delta(7), at_5.delta(9)).fetch()
-    at_5.plan.ask()
+    at_5.plan.ask("tokyo")
     at_5.store(held=6)
     at_5.fetch()
 
@@ -160,26 +160,26 @@ def test_a_path_counts_from_what_has_arrived_since_it_was_asked_for(at_5: Planne
 
 def test_a_path_that_no_longer_fits_is_asked_for_anew(at_5: Planned) -> None:
     at_5.announce(at_5.delta(9))
-    at_5.plan.ask()
+    at_5.plan.ask("tokyo")
     at_5.plan.break_chain()
 
     at_5.plan.follow("tokyo", [at_5.delta(step) for step in (6, 7, 8, 9)])
 
     assert at_5.steps == []
-    assert at_5.plan.ask() == CatchUp(None, afresh=True)
+    assert at_5.plan.ask("tokyo") == CatchUp(None, afresh=True)
 
 
 def test_a_frame_that_cannot_be_had_is_bypassed_by_a_keyframe_or_waited_for(at_5: Planned) -> None:
     at_5.announce(at_5.delta(6), at_5.delta(7))
     at_5.plan.lose_head()
     assert at_5.steps == []
-    assert at_5.plan.ask() == FROM_NOTHING
+    assert at_5.plan.ask("tokyo") == FROM_NOTHING
 
     at_5.plan.follow("tokyo", [at_5.frame(4, None), at_5.delta(5), at_5.delta(6), at_5.delta(7)])
     assert at_5.steps == []
-    assert at_5.plan.ask() is None, "until something new is announced"
+    assert at_5.plan.ask("tokyo") is None, "until something new is announced"
     at_5.announce(at_5.delta(7), at_5.delta(8))
-    assert at_5.plan.ask() == FROM_NOTHING
+    assert at_5.plan.ask("tokyo") == FROM_NOTHING
     at_5.plan.follow("tokyo", [at_5.frame(8, None)])
     assert at_5.steps == [8]
 
@@ -188,18 +188,18 @@ def test_what_depends_on_a_lost_frame_goes_and_a_later_keyframe_stays(at_5: Plan
     at_5.announce(at_5.delta(6)).fetch().announce(at_5.frame(8, None), at_5.delta(9))
     at_5.plan.lose_head()
     assert at_5.steps == [8, 9]
-    assert at_5.plan.ask() is None
+    assert at_5.plan.ask("tokyo") is None
 
     at_5.plan.refuse_head()
     assert at_5.steps == []
-    assert at_5.plan.ask() is None
+    assert at_5.plan.ask("tokyo") is None
 
 
 def test_a_frame_that_could_not_be_had_is_tried_again_in_a_new_session(at_5: Planned) -> None:
     at_5.announce(at_5.delta(6))
     at_5.plan.lose_head()
-    at_5.plan.close()
-    assert at_5.plan.ask() is None
+    at_5.plan.close("tokyo", is_origin=True)
+    assert at_5.plan.ask("tokyo") is None
 
     at_5.announce(at_5.delta(6))
 
@@ -209,13 +209,13 @@ def test_a_frame_that_could_not_be_had_is_tried_again_in_a_new_session(at_5: Pla
 def test_an_origin_that_cannot_help_is_not_asked_for_ever(at_5: Planned) -> None:
     at_5.announce(at_5.delta(9))
     num_asked = 0
-    while at_5.plan.ask() is not None:
+    while at_5.plan.ask("tokyo") is not None:
         num_asked += 1
         at_5.plan.follow("tokyo", [at_5.delta(9)])  # as if it started at 8
     assert num_asked == MAX_REQUESTS_WITHOUT_NEWS
 
     at_5.announce(at_5.delta(12))
-    assert at_5.plan.ask() == CatchUp(at(5))
+    assert at_5.plan.ask("tokyo") == CatchUp(at(5))
 
 
 # --- what is stored --------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_a_chain_that_does_not_reach_what_was_stored_needs_a_keyframe(at_5: Plan
 
     assert not at_5.store(held=5)
     assert at_5.steps == []
-    assert at_5.plan.ask() == FROM_NOTHING
+    assert at_5.plan.ask("tokyo") == FROM_NOTHING
 
 
 def test_an_older_keyframe_leads_no_further(sites: Any) -> None:
@@ -249,7 +249,7 @@ def test_an_older_keyframe_leads_no_further(sites: Any) -> None:
     planned.announce(planned.frame(5, None))
     assert planned.store(held=5)
     planned.announce(planned.delta(7))
-    planned.plan.ask()
+    planned.plan.ask("tokyo")
     planned.plan.break_chain()
     planned.plan.follow("tokyo", [planned.frame(3, None), *(planned.delta(step) for step in (4, 5, 6, 7))])
 
@@ -259,12 +259,12 @@ def test_an_older_keyframe_leads_no_further(sites: Any) -> None:
 
 def test_a_chain_that_breaks_twice_without_news_is_left_alone(at_5: Planned) -> None:
     at_5.plan.break_chain()
-    assert at_5.plan.ask() == CatchUp(None, afresh=True)
+    assert at_5.plan.ask("tokyo") == CatchUp(None, afresh=True)
     at_5.plan.follow("tokyo", [at_5.frame(9, None)])
     at_5.store(held=9)
 
     at_5.plan.break_chain()
-    assert at_5.plan.ask() is None
+    assert at_5.plan.ask("tokyo") is None
 
     at_5.announce(at_5.delta(10))
-    assert at_5.plan.ask() == CatchUp(None, afresh=True)
+    assert at_5.plan.ask("tokyo") == CatchUp(None, afresh=True)

@@ -243,13 +243,16 @@ def test_an_equal_incarnation_is_a_forgotten_life_if_nothing_was_published_under
     assert RaiseIncarnation(3) in connect(node, "berlin", known_incarnation_of_you=2)
 
 
-def test_an_equal_incarnation_is_a_forgotten_life_for_whoever_was_not_told(sites: Any) -> None:
+def test_an_incarnation_that_anybody_was_told_may_be_known_to_others(sites: Any) -> None:
     node = sites.node("tokyo", students=("berlin", "lima"), incarnation=1)
     connect(node, "lima")
     node.publish(sites.frame("tokyo", 3))
 
     assert RaiseIncarnation(2) not in connect(node, "lima", known_incarnation_of_you=1)
-    assert RaiseIncarnation(2) in connect(node, "berlin", known_incarnation_of_you=1)
+    assert RaiseIncarnation(2) not in connect(node, "berlin", known_incarnation_of_you=1), "lima told it"
+    past = sites.frame("tokyo", 9, content="of a past life")
+    shown = node.receive("berlin", Announce(past.signed.body, past.signed.signature))
+    assert RaiseIncarnation(2) in shown, "but what tokyo signed and has no memory of is a proof"
 
 
 def test_what_is_remembered_raises_nothing(sites: Any) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES
-from p2pcodistill.gossip.download import MAX_BAD_CHUNKS, MAX_PATIENCE_FACTOR, Window
+from p2pcodistill.gossip import window
+from p2pcodistill.gossip.download import MAX_BAD_CHUNKS
 from p2pcodistill.gossip.events import (
     AbandonFrame,
     Action,
@@ -124,7 +125,8 @@ def test_a_chunk_for_which_credit_is_short_waits(sites: Any) -> None:
     assert wants(fetch.receive(frame, 0)) == [("tokyo", (2, 3))]  # of which the last is a short one
 
 
-def test_a_large_want_is_split(sites: Any) -> None:
+def test_a_large_want_is_split(sites: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window, "FIRST_WINDOW_BYTES", 2 * MAX_WANT_INDICES * CHUNK)
     fetch = Fetch(window_chunks=2 * MAX_WANT_INDICES)
     frame = sites.frame("tokyo", 1, num_chunks=MAX_WANT_INDICES + 5)
 
@@ -194,31 +196,6 @@ def test_a_late_chunk_counts_once_and_its_double_as_resent(fetch: Fetch, sites: 
     download = fetch.transfers.store(frame.frame_id, frame.version)
     assert download is not None
     assert download.num_resent_bytes == CHUNK
-
-
-def test_patience_grows_with_every_stall_and_follows_the_link() -> None:
-    window = Window(window_bytes=10, stall_timeout_s=STALL_S)
-    window.ask("frame", 0, 4, 0.0)
-    assert not window.is_stalled(STALL_S - 1)
-    assert window.is_stalled(STALL_S)
-
-    window.stall(STALL_S)
-    assert window.void() == [("frame", 0)]
-    assert not window.is_stalled(1000.0)  # nothing is under way
-    window.ask("frame", 0, 4, STALL_S)
-    assert not window.is_stalled(3 * STALL_S - 1)
-    assert window.is_stalled(3 * STALL_S)
-
-    assert window.receive("frame", 0, 25.0)
-    assert window.patience_s == 50.0  # twice the 25 s since the chunk was first asked for
-    window.rest()
-    window.ask("frame", 1, 4, 60.0)
-    window.receive("frame", 1, 60.1)
-    assert window.patience_s == STALL_S
-
-    for _ in range(10):
-        window.stall(70.0)
-    assert window.patience_s == MAX_PATIENCE_FACTOR * STALL_S
 
 
 def test_idle_time_is_not_silence(fetch: Fetch, sites: Any) -> None:

@@ -32,6 +32,7 @@ from p2pcodistill.group.link import (
     NodeLink,
     NodeOrder,
     RankMessage,
+    VersionKnown,
     Welcome,
 )
 from p2pcodistill.telemetry import Event, from_record
@@ -45,13 +46,14 @@ WAIT_S = 30.0
 
 
 class StubNode:
-    """Welcomes rank 0 with `offers` and records, in order, what the latest launch says.
+    """Welcomes rank 0 with `offers` and `known`, and records, in order, what the latest launch says.
 
     Answers each frame at once, with `accepts`, unless that is None.
     """
 
     def __init__(self, folder: Path) -> None:
         self.offers: tuple[FrameOffer, ...] = ()
+        self.known: tuple[VersionKnown, ...] = ()
         self.accepts: bool | None = True
         self.messages: list[RankMessage] = []
         self._changed = threading.Condition()
@@ -78,7 +80,7 @@ class StubNode:
             with contextlib.suppress(MalformedError):
                 message = await self._link.receive()
                 if isinstance(message, Joined):
-                    await self._link.send(Welcome(self.offers))
+                    await self._link.send(Welcome(self.offers, self.known))
                 if isinstance(message, FrameReady) and self.accepts is not None:
                     await self._link.send(FrameTaken(message.step, message.base_step, self.accepts))
                 with self._changed:
@@ -145,7 +147,7 @@ def spec(stub_node: StubNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         training_folder=tmp_path / "training",
         model_path=tmp_path / "model.safetensors",
         error_path=tmp_path / "error.txt",
-        teachers={},
+        teachers=({},),
         num_students=1,
         shard_index=0,
         num_shards=1,

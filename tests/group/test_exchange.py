@@ -18,12 +18,21 @@ import p2pcodistill
 from p2pcodistill.checkpoint.encoder import FrameEncoder
 from p2pcodistill.checkpoint.snapshot import take_snapshot
 from p2pcodistill.codistill.exchange import ChainFile, Offer
+from p2pcodistill.codistill.gate import MIN_PREDICTIONS
 from p2pcodistill.config import GROUP_SPEC_VARIABLE, FramesConfig, GroupSpec
 from p2pcodistill.errors import ConfigError, GroupError
 from p2pcodistill.group import exchange as exchange_module
 from p2pcodistill.group.exchange import GroupExchange, join, read_group_spec
-from p2pcodistill.group.link import FrameOffer, FrameOffered, FrameTaken, KeyframeWanted, Left, StopRequested
-from p2pcodistill.telemetry import Evaluated, TeacherSwapped
+from p2pcodistill.group.link import (
+    FrameOffer,
+    FrameOffered,
+    FrameTaken,
+    KeyframeWanted,
+    Left,
+    StopRequested,
+    VersionKnown,
+)
+from p2pcodistill.telemetry import Evaluated, TeacherGated, TeacherSwapped
 
 MAX_FRAME_BYTES = 1 << 20
 
@@ -125,6 +134,20 @@ def test_the_inbox_holds_the_newest_offer_of_each_teacher(spec: GroupSpec, stub_
     exchange.close()
 
 
+def test_the_inbox_holds_the_newest_version_that_each_teacher_announced(spec: GroupSpec, stub_node) -> None:
+    stub_node.known = (VersionKnown("tokyo", 1, 50), VersionKnown("oslo", 0, 20))
+    stub_node.offers = (offer("tokyo", 1, 40, "/a"), offer("lima", 0, 5, "/a"))
+    exchange = GroupExchange(spec, is_lead=True, max_frame_bytes=MAX_FRAME_BYTES)
+    assert exchange.inbox().announced == {"tokyo": (1, 50), "oslo": (0, 20)}
+    for newer in [VersionKnown("tokyo", 0, 90), VersionKnown("oslo", 1, 10)]:
+        stub_node.send(newer)
+    stub_node.send(FrameOffered(offer("tokyo", 1, 60, "/a")))
+    inbox_of(exchange, stub_node)
+    assert exchange.inbox().announced == {"tokyo": (1, 50), "oslo": (1, 10)}
+    assert exchange.inbox().newest == {"tokyo": (1, 60), "oslo": (1, 10), "lima": (0, 5)}
+    exchange.close()
+
+
 def test_other_ranks_only_decode(spec: GroupSpec, stub_node, tmp_path: Path) -> None:
     exchange = GroupExchange(spec, is_lead=False, max_frame_bytes=MAX_FRAME_BYTES)
     exchange.publish(take_snapshot(nn.Linear(3, 4), 1))
@@ -156,7 +179,7 @@ def test_a_script_without_a_node_runs_alone(
 def test_a_joined_script_learns_from_what_the_node_offers(
     spec: GroupSpec, stub_node, launch: Callable[[GroupSpec], Path], tmp_path: Path
 ) -> None:
-    launch(spec.model_copy(update={"teachers": {"tokyo": 1.0}}))
+    launch(spec.model_copy(update={"teachers": ({"tokyo": 1.0},)}))
     stub_node.offers = (write_frame(tmp_path, nn.Linear(3, 4), 9),)
     model = nn.Linear(3, 4)
     codistiller = join(model)
@@ -178,6 +201,30 @@ for _ in range(10):
     loss.backward()
     codistiller.step()
 """
+
+
+def test_a_joined_script_may_follow_a_schedule_and_bring_a_criterion(
+    spec: GroupSpec, stub_node, launch: Callable[[GroupSpec], Path], tmp_path: Path
+) -> None:
+    codistillation = spec.codistillation.model_copy(
+        update={"burn_in_steps": 0, "gate_margin": 0.5, "exchange_interval_steps": 1_000_000}
+    )
+    teachers = ({"tokyo": 1.0}, {"oslo": 1.0})
+    launch(spec.model_copy(update={"teachers": teachers, "codistillation": codistillation}))
+    stub_node.offers = (write_frame(tmp_path, nn.Linear(3, 4), 9),)
+    model = nn.Linear(3, 4)
+
+    def criterion(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return 100 * (logits - targets).square().mean()
+
+    codistiller = join(model, criterion=criterion)
+    inputs = torch.ones(MIN_PREDICTIONS, 3)
+    while not codistiller.teacher_versions or codistiller.teacher_weights:
+        logits = model(inputs)
+        codistiller.loss(logits, inputs, logits.detach())  # by which nobody is as good as the student
+        codistiller.step()
+    codistiller.close()
+    stub_node.wait_for_event(TeacherGated)
 
 
 def test_a_script_that_just_ends_has_handed_over_what_it_published(

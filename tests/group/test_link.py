@@ -23,10 +23,12 @@ from p2pcodistill.group.link import (
     Joined,
     KeyframeWanted,
     Left,
+    LinksMeasured,
     NodeLink,
     RankLink,
     ReferenceReady,
     StopRequested,
+    VersionKnown,
     Welcome,
     decode_link_message,
     encode_link_message,
@@ -37,6 +39,8 @@ OFFER = FrameOffer("tokyo", 1, 50, "/store", ((1, 0, "a.frame"), (1, 50, "b.fram
 READY = FrameReady("/out/50.frame", 50, 0, "ternary+pco", b"h" * 32, 2000)
 REFERENCE = ReferenceReady("/out/tokyo.reference", "tokyo", 1, 50, "reference+blosc2", b"h" * 32, 2000)
 BROKEN = ChainBroken("tokyo", 1, 50)
+KNOWN = VersionKnown("tokyo", 1, 100)
+NOTHING = Welcome(())
 
 
 def event(step: int) -> EventHappened:
@@ -52,11 +56,14 @@ MESSAGES = [
     event(1),
     Left(),
     Welcome((OFFER, OFFER)),
+    Welcome((), (KNOWN, VersionKnown("oslo", 0, 10))),
     FrameOffered(OFFER),
     FrameTaken(50, 0, accepted=True),
     FrameTaken(50, None, accepted=False),
     KeyframeWanted(),
     StopRequested(),
+    KNOWN,
+    LinksMeasured(1.5e6),
 ]
 
 
@@ -96,12 +103,10 @@ def node_link(tmp_path):
     link.close()
 
 
-async def join(
-    node_link: NodeLink, rank: RankLink, offers: tuple[FrameOffer, ...] = ()
-) -> tuple[FrameOffer, ...]:
+async def join(node_link: NodeLink, rank: RankLink, welcome: Welcome = NOTHING) -> Welcome:
     connecting = asyncio.create_task(asyncio.to_thread(rank.connect, 10))
     assert isinstance(await node_link.receive(), Joined)
-    await node_link.send(Welcome(offers))
+    await node_link.send(welcome)
     return await connecting
 
 
@@ -116,12 +121,19 @@ async def test_rank_zero_joins_and_both_sides_talk(node_link):
 
     node_link.expect("secret")
     rank = RankLink(node_link.address, "secret", on_message)
-    assert await join(node_link, rank, (OFFER,)) == (OFFER,)
+    welcome = Welcome((OFFER,), (KNOWN,))
+    assert await join(node_link, rank, welcome) == welcome
     assert node_link.joined
     for message in (READY, REFERENCE, BROKEN, event(1)):
         rank.send(message)
         assert await node_link.receive() == message
-    orders = [FrameOffered(OFFER), FrameTaken(50, 0, accepted=True), KeyframeWanted(), StopRequested()]
+    orders = [
+        FrameOffered(OFFER),
+        KNOWN,
+        FrameTaken(50, 0, accepted=True),
+        KeyframeWanted(),
+        StopRequested(),
+    ]
     for order in orders:
         await node_link.send(order)
     assert await asyncio.to_thread(stop_arrived.wait, 10)

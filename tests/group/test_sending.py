@@ -114,6 +114,18 @@ def test_a_keyframe_and_then_delta_frames_reach_the_node_as_complete_files(outgo
     assert names == sorted(Path(ready.path).name for ready in outgoing.frames)
 
 
+def test_a_delta_frame_takes_no_more_than_the_links_carry(outgoing: Outgoing) -> None:
+    first, second, third = snapshots(1, 2, 3, change=0.5)
+    outgoing.publish(first, second)
+    num_wanted_bytes = Path(outgoing.frames[-1].path).stat().st_size
+    outgoing.sender.set_link_rate(
+        num_wanted_bytes / 1.6
+    )  # for snapshots in quick succession: of one a second
+    outgoing.publish(third)
+    assert outgoing.steps == [(1, None), (2, 1), (3, 2)]
+    assert Path(outgoing.frames[-1].path).stat().st_size < 0.75 * num_wanted_bytes
+
+
 def test_the_next_frame_waits_until_the_node_has_the_last_and_only_the_newest_waits(
     outgoing: Outgoing,
 ) -> None:

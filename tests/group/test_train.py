@@ -22,13 +22,15 @@ from p2pcodistill.config import GROUP_SPEC_VARIABLE, FramesConfig, GroupConfig, 
 from p2pcodistill.errors import GroupError
 from p2pcodistill.group import exchange as exchange_module
 from p2pcodistill.group import train as train_module
-from p2pcodistill.group.link import FrameOffer, Left, RankLink, StopRequested
+from p2pcodistill.group.link import FrameOffer, Left, RankLink, StopRequested, VersionKnown
 from p2pcodistill.group.train import choose_device, choose_precision, learning_rate, main, train
 from p2pcodistill.tasks.language_model import ByteLSTM, LanguageModelTask
 from p2pcodistill.telemetry import (
     Evaluated,
     SnapshotSkipped,
     StepMeasured,
+    TeacherExpired,
+    TeacherGated,
     TeacherSwapped,
     TrainingCheckpointed,
     TrainingEnded,
@@ -38,11 +40,17 @@ from p2pcodistill.telemetry import (
 Launch = Callable[[GroupSpec], Path]
 
 
-def write_frame(folder: Path, spec: GroupSpec) -> FrameOffer:
-    """A keyframe of tokyo's step 100, offered."""
-    with (folder / "tokyo.frame").open("wb") as file:
-        FrameEncoder(FramesConfig()).encode(take_snapshot(ByteLSTM(spec.task), 100), file)
-    return FrameOffer("tokyo", 1, 100, str(folder), ((1, 100, "tokyo.frame"),))
+def write_frame(
+    folder: Path, spec: GroupSpec, origin: str = "tokyo", *, is_ruined: bool = False
+) -> FrameOffer:
+    """A keyframe of step 100 of a teacher, offered; a ruined one is sure of whatever it says."""
+    model = ByteLSTM(spec.task)
+    if is_ruined:
+        with torch.no_grad():
+            model.readout.weight.mul_(1000)
+    with (folder / f"{origin}.frame").open("wb") as file:
+        FrameEncoder(FramesConfig()).encode(take_snapshot(model, 100), file)
+    return FrameOffer(origin, 1, 100, str(folder), ((1, 100, f"{origin}.frame"),))
 
 
 def with_training(spec: GroupSpec, **changes: Any) -> GroupSpec:
@@ -130,12 +138,45 @@ def test_the_loss_falls(spec: GroupSpec, run: Any, stub_node) -> None:
 def test_a_teacher_teaches(spec: GroupSpec, run: Any, stub_node, tmp_path: Path) -> None:
     stub_node.offers = (write_frame(tmp_path, spec),)
     alone = run(in_folder(spec, tmp_path / "alone"))
-    taught = run(in_folder(spec.model_copy(update={"teachers": {"tokyo": 1.0}}), tmp_path / "taught"))
+    taught = run(in_folder(spec.model_copy(update={"teachers": ({"tokyo": 1.0},)}), tmp_path / "taught"))
     events = stub_node.events
     [swap] = [event for event in events if isinstance(event, TeacherSwapped)]
     assert (swap.teacher, swap.incarnation, swap.teacher_step) == ("tokyo", 1, 100)
     assert any(event.distillation_loss for event in events if isinstance(event, StepMeasured))
     assert not torch.equal(alone["readout.weight"], taught["readout.weight"])
+
+
+def test_training_goes_on_when_a_teachers_weights_are_ruined(
+    spec: GroupSpec, run: Any, stub_node, tmp_path: Path
+) -> None:
+    stub_node.offers = (write_frame(tmp_path, spec), write_frame(tmp_path, spec, "oslo", is_ruined=True))
+    spec = with_training(spec, num_steps=60, learning_rate=1e-3, evaluation_interval_steps=30)
+    run(spec.model_copy(update={"teachers": ({"tokyo": 1.0, "oslo": 1.0},)}))
+    events = stub_node.events
+    [gated] = [event for event in events if isinstance(event, TeacherGated)]
+    assert (gated.teacher, gated.incarnation, gated.teacher_step) == ("oslo", 1, 100)
+    assert gated.loss is not None and gated.student_loss is not None
+    assert gated.loss > 20 > 6 > gated.student_loss
+    measured = [event for event in events if isinstance(event, StepMeasured)]
+    assert any(event.distillation_loss for event in measured if event.step > gated.step), (
+        "tokyo goes on teaching"
+    )
+    losses = [event.val_loss for event in events if isinstance(event, Evaluated)]
+    assert losses[-1] < losses[0] < 5.6
+
+
+def test_a_teacher_whose_news_do_not_arrive_is_over_the_limit_on_staleness(
+    spec: GroupSpec, run: Any, stub_node, tmp_path: Path
+) -> None:
+    stub_node.offers = (write_frame(tmp_path, spec),)
+    stub_node.known = (VersionKnown("tokyo", 1, 350),)
+    spec = with_training(spec, num_steps=60)
+    codistillation = spec.codistillation.model_copy(update={"max_staleness_steps": 249})
+    run(spec.model_copy(update={"teachers": ({"tokyo": 1.0},), "codistillation": codistillation}))
+    [expired] = [event for event in stub_node.events if isinstance(event, TeacherExpired)]
+    assert (expired.teacher, expired.teacher_step, expired.staleness_steps) == ("tokyo", 100, 250)
+    measured = [event for event in stub_node.events if isinstance(event, StepMeasured)]
+    assert all(event.distillation_loss is None for event in measured)
 
 
 # --- stopping and resuming -----------------------------------------------------------------------------------
@@ -240,7 +281,7 @@ def test_a_resumed_run_has_the_teachers_of_the_store_at_its_first_step(
 ) -> None:
     stub_node.offers = (write_frame(tmp_path, spec),)
     spec = with_training(
-        spec.model_copy(update={"teachers": {"tokyo": 1.0}}), num_steps=20, checkpoint_interval_steps=10
+        spec.model_copy(update={"teachers": ({"tokyo": 1.0},)}), num_steps=20, checkpoint_interval_steps=10
     )
     with monkeypatch.context() as patch:
         crashes = crash_at(patch, 12)

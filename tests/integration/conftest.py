@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
 import signal
 import socket
 import string
@@ -89,6 +90,12 @@ class Site:
                 peer.pop("address", None)
                 peer |= {"address": address} if address else {}
         self.write(table)
+
+    def forget_all(self) -> None:
+        """As if the machine were replaced: nothing but the site's file, data and identity is there."""
+        shutil.rmtree(self.run_folder)
+        self.records = []
+        self._tail = EventTail(self.run_folder / "events.jsonl")
 
     def model_bytes(self) -> bytes:
         return (self.run_folder / "model.safetensors").read_bytes()
@@ -193,6 +200,16 @@ class Sites:
             site.write(merged(TINY, own, tables))
         self.all += made
         return made
+
+    def twin(self, site: Site) -> Site:
+        """Another machine with the identity of `site`, which nobody but the two of them knows of."""
+        folder = self.folder / f"twin-of-{site.name}"
+        folder.mkdir()
+        twin = Site(folder, site.name, free_ports(1)[0], site.identity)
+        site.identity.save(folder / f"{site.name}.key")
+        twin.write(tomllib.loads(site.file.read_text()) | {"listen": f"tcp://127.0.0.1:{twin.port}"})
+        self.all.append(twin)
+        return twin
 
     def elsewhere(self, name: str) -> Sites:
         """A folder of its own, where sites of the same names can be made; cleaned with this one."""

@@ -1,10 +1,16 @@
 """Two real nodes with CURVE on loopback: they codistil, all ranks agree, and a killed site finds its way back."""
 
+import asyncio
 import json
 import signal
 from pathlib import Path
 
 from faults import TcpProxy
+
+from p2pcodistill.checkpoint.manifest import DEFAULT_CHUNK_BYTES
+from p2pcodistill.simulation.shaping import LinkShape, ShapedLink
+
+DEADLINE_S = 100.0
 
 RECORD_SWAPS = Path(__file__).with_name("record_swaps.py")
 
@@ -112,3 +118,40 @@ async def test_a_peer_killed_within_a_transfer_goes_on_where_it_was(sites):
     num_bytes_after = proxy.num_bytes_from_server - num_bytes_before
     assert num_bytes_before + num_bytes_after < num_bytes + window_bytes + 4 * chunk_bytes
     assert num_bytes_after < 0.75 * num_bytes, "only missing chunks travelled again"
+
+
+async def test_a_student_killed_within_a_transfer_goes_on_where_it_was(sites):
+    num_bytes = 24 << 20
+    berlin, tokyo = sites.make("berlin", "tokyo")
+    for site in (berlin, tokyo):
+        script = Path(__file__).with_name("publish_bytes.py")
+        site.set(group={"script": str(script), "script_arguments": [site.name, str(num_bytes)]})
+    # Thin enough that the window is what the link holds, and no more.
+    shape = LinkShape(bandwidth_mbit=80.0, latency_ms=20.0)
+    window_bytes = 2.25 * (shape.bytes_per_s * shape.round_trip_s + DEFAULT_CHUNK_BYTES)
+    link = ShapedLink(f"tcp://127.0.0.1:{berlin.port}", shape)
+    try:
+        tokyo.set_peer("berlin", address=await link.open())
+        berlin.set_peer("tokyo", address=None)
+        await berlin.start()
+        await tokyo.start()
+        async with asyncio.timeout(DEADLINE_S):
+            while link.num_bytes_forwarded < num_bytes // 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        tokyo.kill()
+        assert await tokyo.wait() == -signal.SIGKILL
+        assert not tokyo.all("frame-fetched"), "the kill struck within the transfer"
+        await tokyo.start()
+        fetched = await tokyo.until("frame-fetched")
+        num_bytes_sent = link.num_bytes_forwarded
+    finally:
+        await link.close()
+    assert fetched["num_bytes"] == num_bytes
+    # What the relay carried beyond the frame was sent twice, but for envelopes and control.
+    assert num_bytes <= num_bytes_sent <= num_bytes + window_bytes
+    berlin.kill(signal.SIGTERM)  # what was measured last is told in the end
+    await berlin.wait()
+    measured = [record for record in berlin.all("link-measured") if record["upload_mbit"] is not None]
+    assert measured and all(record["peer"] == "tokyo" for record in measured)
+    assert measured[-1]["num_connection_losses"] >= 1
+    assert 40.0 < max(record["upload_mbit"] for record in measured) < 120.0

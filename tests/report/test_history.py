@@ -17,6 +17,8 @@ from p2pcodistill.telemetry import (
     NodeStarted,
     Refused,
     StepMeasured,
+    TeacherExpired,
+    TeacherGated,
     TeacherRefused,
     TeacherSwapped,
     TrafficMeasured,
@@ -200,6 +202,16 @@ def test_refusals_of_node_and_ranks_are_counted():
         FramePublished(1, 5, "keyframe", 1, 1),
     )
     assert (history.num_refusals, history.num_frames_published) == (2, 1)
+
+
+def test_decisions_about_teachers_are_counted_by_teacher():
+    gated = [TeacherGated(step, "tokyo", 1, 4, 5.0, 1.0, "worse") for step in (5, 50)]
+    history = history_of(
+        *gated, TeacherGated(9, "oslo", 1, 4, None, None, "x"), TeacherExpired(9, "oslo", 1, 4, 9, 1.0, "x")
+    )
+    assert history.num_gatings == {"tokyo": 2, "oslo": 1}
+    assert history.num_expiries == {"oslo": 1}
+    assert history.num_refusals == 0
 
 
 def test_first_step_at_or_below_takes_equality():

@@ -19,6 +19,9 @@ from p2pcodistill.telemetry import (
     PeerConnected,
     Refused,
     StepMeasured,
+    TeacherExpired,
+    TeacherGated,
+    TeacherReadmitted,
     TeacherSwapped,
     TrafficMeasured,
     TrainingStarted,
@@ -27,6 +30,7 @@ from p2pcodistill.telemetry import (
 )
 
 TRAINING_STARTED = TrainingStarted(0, 2000, 1000, 1, "cpu", "float32")
+GATED = TeacherGated(60, "tokyo", 1, 50, 5.5, 1.5, "its loss is worse")
 REFUSED = Refused(None, "unknown-peer", "a key that is not on the list \x1b[31mtried to connect")
 
 
@@ -98,6 +102,21 @@ def test_a_flood_of_refusals_is_told_but_does_not_flood_the_log(clock, stream):
     assert "\x1b" not in stream.getvalue()
 
 
+def test_plain_lines_tell_at_once_who_does_not_teach(clock, stream):
+    view = PlainView("title", stream, clock, interval_s=10)
+    for event in (
+        GATED,
+        TeacherReadmitted(70, "tokyo", 1, 50, 1.5, 1.5),
+        TeacherExpired(80, "tokyo", 1, 50, 9, 1.0, "stale"),
+    ):
+        view.update("pair", "berlin", to_record(event))
+    assert stream.getvalue().splitlines() == [
+        "pair berlin: does not learn from tokyo for now: its loss is worse",
+        "pair berlin: learns from tokyo again",
+        "pair berlin: does not learn from tokyo for now: stale",
+    ]
+
+
 def test_unknown_records_are_passed_over(clock, stream):
     PlainView("title", stream, clock).update("pair", "berlin", {"event": "from-the-future"})
     assert stream.getvalue() == ""
@@ -160,6 +179,14 @@ def test_refusals_are_on_the_screen(groups):
     lines = plain(screen("title", groups, 120, 30))
     assert lines[-1].startswith("! tokyo (codistilled) refused 3, the last: unknown-peer: a key")
     assert all(line.isprintable() for line in lines)
+
+
+def test_teachers_that_are_kept_from_teaching_are_on_the_screen_while_it_lasts(groups):
+    groups["codistilled"]["berlin"].update(to_record(GATED))
+    line = "! berlin (codistilled) does not learn from tokyo: its loss is worse"
+    assert line in plain(screen("title", groups, 100, 30))
+    groups["codistilled"]["berlin"].update(to_record(NodeStopped("berlin", "finished")))
+    assert line not in plain(screen("title", groups, 100, 30))
 
 
 def test_what_has_ended_folds_first(groups):

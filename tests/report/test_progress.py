@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,9 @@ from p2pcodistill.telemetry import (
     PeerDisconnected,
     Refused,
     StepMeasured,
+    TeacherExpired,
+    TeacherGated,
+    TeacherReadmitted,
     TeacherRefused,
     TeacherSwapped,
     TrafficMeasured,
@@ -130,6 +134,30 @@ def test_refusals_are_counted_and_the_last_is_kept():
     assert progress.last_refusal == "non-finite: teacher tokyo of step 50: weight holds NaN"
     assert progress_of(Refused("tokyo", "malformed", "x")).last_refusal == "malformed: from tokyo: x"
     assert progress_of(Refused(None, "unknown-peer", "x")).last_refusal == "unknown-peer: x"
+
+
+GATED = TeacherGated(60, "tokyo", 1, 50, 5.5, 1.5, "its loss on local batches is 5.500, the student's 1.500")
+
+
+def test_teachers_that_are_kept_from_teaching_are_named_until_they_teach_again():
+    swapped, expired = (
+        TeacherSwapped(55, "tokyo", 1, 50),
+        TeacherExpired(60, "tokyo", 1, 50, 90, 1.0, "stale\x1b"),
+    )
+    assert progress_of(swapped).resting_teachers == {}
+    assert progress_of(swapped, GATED).resting_teachers == {"tokyo": GATED.why}
+    newer = TeacherSwapped(70, "tokyo", 1, 100)
+    assert progress_of(swapped, GATED, newer).resting_teachers == {"tokyo": GATED.why}, (
+        "gated until it recovers"
+    )
+    assert progress_of(GATED, TeacherReadmitted(75, "tokyo", 1, 100, 1.5, 1.4)).resting_teachers == {}
+    assert progress_of(swapped, expired).resting_teachers == {"tokyo": "stale\N{REPLACEMENT CHARACTER}"}
+    assert progress_of(swapped, expired, newer).resting_teachers == {}
+    assert progress_of(GATED, expired, TRAINING_STARTED).resting_teachers == {}, "nothing remembers it"
+    resumed = replace(TRAINING_STARTED, start_step=60)
+    assert progress_of(GATED, resumed).resting_teachers == {"tokyo": GATED.why}
+    line = describe(progress_of(NODE_STARTED, swapped, GATED))
+    assert "tokyo 0 steps stale and not teaching" in line
 
 
 def test_unknown_records_change_nothing():

@@ -272,3 +272,19 @@ def test_refusals_are_noted():
     arms = simple_arms()
     arms[0].sites["berlin"].num_refusals = 3
     assert any("berlin (codistilled) refused 3" in note for note in summarise("pair", arms, 100)["notes"])
+
+
+def test_teachers_that_were_kept_from_teaching_are_noted_and_counted():
+    arms = simple_arms()
+    arms[0].sites["berlin"].num_gatings["tokyo"] = 2
+    arms[0].sites["berlin"].num_expiries["oslo"] = 3
+    summary = summarise("pair", arms, 100)
+    berlin = summary["arms"][0]["sites"]["berlin"]
+    assert (berlin["num_gatings_by_teacher"], berlin["num_expiries_by_teacher"]) == (
+        {"tokyo": 2},
+        {"oslo": 3},
+    )
+    assert (
+        "berlin (codistilled) gated its teacher tokyo off 2 time(s); its events say why." in summary["notes"]
+    )
+    assert any("did not learn from 3 version(s) of oslo" in note for note in summary["notes"])

@@ -26,7 +26,7 @@ from p2pcodistill.simulation.files import (
 from p2pcodistill.simulation.jobs import make_jobs
 from p2pcodistill.simulation.scenario import ScenarioConfig, load_scenario
 from p2pcodistill.tasks.text import load_site_text
-from p2pcodistill.topology import build_topology
+from p2pcodistill.topology.build import build_topology
 
 NOON = datetime(2030, 1, 2, 12, 0, 0)
 
@@ -187,6 +187,17 @@ def test_a_topology_file_goes_with_the_run(corpus: Path, tmp_path: Path) -> None
     assert load_scenario(moved / "scenario.toml").topology == str(moved / "topology.edgelist")
 
 
+def test_so_do_several(corpus: Path, tmp_path: Path) -> None:
+    for name, teacher in (("day", "berlin tokyo"), ("night", "tokyo berlin")):
+        (corpus.parent / f"{name}.edgelist").write_text(f"{teacher}\n")
+    scenario = load(corpus.parent, topology="files:day.edgelist,night.edgelist")
+    folder = create_run_folder(tmp_path / "runs", "small", NOON)
+    used = write_scenario(scenario, split_data(scenario), folder)
+    assert used.topology == f"files:{folder}/topology.edgelist,{folder}/topology-2.edgelist"
+    again = load_scenario(folder / "scenario.toml")
+    assert build_topology(again.topology, again.site_names).schedule_of("tokyo") == ({"berlin": 1.0}, {})
+
+
 # --- nodes -------------------------------------------------------------------------------------------------------
 
 
@@ -292,10 +303,9 @@ def test_threads_of_the_plan_and_a_topology_file_reach_the_node(corpus: Path, tm
     config = configs["codistilled-seed0", "tokyo"]
     assert config.group.num_threads == 3
     nodes = folder / "codistilled-seed0" / "nodes"
-    assert build_topology(config.topology, config.ordered_members, base_folder=nodes).teachers_of == {
-        "berlin": {},
-        "tokyo": {"berlin": 1.0},
-    }
+    topology = build_topology(config.topology, config.ordered_members, base_folder=nodes)
+    assert topology.schedule_of("berlin") == ({},)
+    assert topology.schedule_of("tokyo") == ({"berlin": 1.0},)
 
 
 def test_free_ports_are_distinct_and_can_be_bound() -> None:

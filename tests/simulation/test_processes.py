@@ -17,7 +17,7 @@ import pytest
 import tomli_w
 
 from p2pcodistill.errors import ConfigError, DataError, GroupError
-from p2pcodistill.simulation import processes
+from p2pcodistill.simulation import job_run, processes
 from p2pcodistill.simulation.processes import simulate
 
 REPOSITORY = Path(__file__).parents[2]
@@ -38,7 +38,8 @@ die_with_parent(int(parent_pid))
 file = Path(file)
 config = tomllib.loads(file.read_text())
 site, run = config["name"], config["run"]
-events = EventLog(file.parent / config["run_folder"] / "events.jsonl")
+events_path = file.parent / config["run_folder"] / "events.jsonl"
+events = EventLog(events_path)
 pipes = Path(os.environ["FAKE_NODE_PIPES"])
 behaviour = json.loads(os.environ["FAKE_NODE"]).get(f"{run}/{site}", "train")
 peers = [peer["name"] for peer in config["peers"]]
@@ -73,6 +74,21 @@ def train():
 match behaviour:
     case "train":
         train()
+    case "come back":  # the first life goes on until it is ended, the second one to the end
+        lives = len([line for line in events_path.read_text().splitlines() if '"node-started"' in line])
+        if lives == 1:
+            events.write(TrainingStarted(0, 100, 1000, 1, "cpu", "float32"))
+            events.write(StepMeasured(50, 4.5, None, 1e-3, 20.0, 0.01, 2.5))
+            wait_for_stop()
+            sys.exit(143)
+        train()
+    case "stay":  # finished, but waiting for somebody
+        for step in (50, 100):
+            events.write(StepMeasured(step, 4.5, None, 1e-3, 20.0, 0.01, 2.5))
+        events.write(Evaluated(100, 4.0, 0.1))
+        events.write(TrainingEnded(100, True, 0.1, 10.0))
+        wait_for_stop()
+        sys.exit(143)
     case "fail":  # once the peer is there
         for other in peers:
             meet(other)
@@ -86,6 +102,13 @@ match behaviour:
             meet(other)
         wait_for_stop()
         sys.exit(143)
+    case "end":  # at once, and the pipe with it
+        pipe = open(pipes / "alive", "w")
+        os._exit(0)
+    case "outlast":  # goes on when the other has ended
+        open(pipes / "alive").read()
+        events.write(StepMeasured(50, 4.5, None, 1e-3, 20.0, 0.01, 2.5))
+        wait_for_stop()
     case "give up":
         events.write(TrainingStarted(0, 100, 1000, 1, "cpu", "float32"))
     case "interrupt" | "terminate":
@@ -310,6 +333,83 @@ def test_a_node_that_does_not_stop_is_killed_when_its_time_is_up(
     simulation.behave({"pooled-seed0/pooled": "interrupt and never stop"})
     status, _ = simulation.run("group.stop_grace_s=0.1")
     assert status == 128 + signal.SIGINT
+
+
+def only_codistilled(simulation: Simulation, *faults: dict[str, Any]) -> None:
+    simulation.content["arms"] = [{"name": "codistilled", "kind": "codistilled"}]
+    simulation.content["faults"] = list(faults)
+
+
+def faults_told(simulation: Simulation) -> list[tuple[str, str, int]]:
+    lines = (simulation.runs / "latest" / "codistilled-seed0" / "simulator.jsonl").read_text().splitlines()
+    return [(record["kind"], record["site"], record["step"]) for record in map(json.loads, lines)]
+
+
+@pytest.mark.parametrize("end", ["kill", "leave"])
+def test_a_site_that_goes_and_comes_back_is_one_run(simulation: Simulation, end: str) -> None:
+    only_codistilled(
+        simulation,
+        {"kind": end, "sites": ["tokyo"], "at_step": 50},
+        {"kind": "restart", "sites": ["tokyo"], "at_step": 50},
+    )
+    simulation.behave({"codistilled-seed0/tokyo": "come back"})
+    status, shown = simulation.run()
+    assert status == 0
+    assert faults_told(simulation) == [(end, "tokyo", 50), ("restart", "tokyo", 50)]
+    (tokyo,) = [
+        site
+        for arm in json.loads((simulation.runs / "latest" / "summary.json").read_text())["arms"]
+        for name, site in arm["sites"].items()
+        if name == "tokyo"
+    ]
+    assert (tokyo["num_faults"], tokyo["num_node_starts"], tokyo["finished"]) == (2, 2, True)
+    assert f"codistilled tokyo: fault: {end}" in shown
+
+
+def test_a_site_that_is_gone_for_good_does_not_hold_up_the_others(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_run, "LINGER_S", 0.0)
+    only_codistilled(simulation, {"kind": "kill", "sites": ["tokyo"], "at_step": 50})
+    simulation.behave({"codistilled-seed0/tokyo": "come back", "codistilled-seed0/berlin": "stay"})
+    status, _ = simulation.run()
+    assert status == 0
+    assert simulation.was_stopped("codistilled-seed0", "berlin")
+    notes = json.loads((simulation.runs / "latest" / "summary.json").read_text())["notes"]
+    assert any("tokyo" in note and "kill at step 50" in note for note in notes)
+
+
+def test_a_site_joins_when_its_time_has_come(simulation: Simulation) -> None:
+    only_codistilled(simulation, {"kind": "join", "sites": ["tokyo"], "at_s": 0.0})
+    assert simulation.run()[0] == 0
+    assert faults_told(simulation) == [("join", "tokyo", 0)]
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ([{"kind": "kill", "sites": ["tokyo"], "at_step": 101}], "'kill' of 'tokyo' at step 101 never came"),
+        ([{"kind": "kill", "sites": ["tokyo"], "at_s": 1e6}], "'kill' of 'tokyo' after 1e.06 s never came"),
+        (
+            [{"kind": "join", "sites": ["tokyo", "berlin"], "at_step": 1}],
+            "'join' of 'tokyo', 'berlin' at step 1 never came: .* step 0 .tokyo.",
+        ),
+    ],
+)
+def test_a_fault_that_never_came_fails_the_run(
+    simulation: Simulation, faults: list[dict[str, Any]], message: str
+) -> None:
+    only_codistilled(simulation, *faults)
+    with pytest.raises(GroupError, match=message):
+        simulation.run()
+
+
+def test_a_fault_that_comes_when_the_site_has_ended_fails_the_run(simulation: Simulation) -> None:
+    only_codistilled(simulation, {"kind": "kill", "sites": ["tokyo", "berlin"], "at_step": 50})
+    simulation.behave({"codistilled-seed0/tokyo": "end", "codistilled-seed0/berlin": "outlast"})
+    with pytest.raises(GroupError, match=r"at step 50 came too late: the node of 'tokyo' had ended"):
+        simulation.run()
+    assert simulation.was_stopped("codistilled-seed0", "berlin")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal")

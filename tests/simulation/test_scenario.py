@@ -100,12 +100,29 @@ def test_defaults_fit_any_number_of_sites(tmp_path: Path) -> None:
             },
             "exclude each other",
         ),
+        ({"links": [{"between": ["berlin", "rome"]}]}, "'rome' has a link or a fault, but is none"),
+        ({"links": [{"between": ["berlin", "berlin"]}]}, "'berlin' and 'berlin', which share no edge"),
         (
-            {"links": [{"between": ["berlin", "tokyo"]}]},
-            r"the section \[\[links\]\] is not built yet: remove it",
+            {"links": [{"between": ["berlin", "tokyo"]}, {"between": ["tokyo", "berlin"]}]},
+            "link between 'berlin and tokyo' is listed twice",
         ),
-        ({"faults": [{"kind": "no-such"}]}, r"the section \[\[faults\]\] is not built yet: remove it"),
-        ({"mode": "virtual"}, "mode = 'virtual' is not built yet"),
+        (
+            {"sites": [{"name": name} for name in "abcd"], "topology": "ring"}
+            | {"links": [{"between": ["a", "c"]}]},
+            "a link between 'a' and 'c', which share no edge of the topology 'ring'",
+        ),
+        ({"faults": [{"kind": "no-such", "sites": ["berlin"], "at_s": 1}]}, "faults.0.kind: .*'no-such'"),
+        ({"faults": [{"kind": "kill", "sites": ["rome"], "at_s": 1}]}, "'rome' has a link or a fault"),
+        ({"faults": [{"kind": "corrupt", "sites": ["tokyo"], "at_s": 1}]}, 'fault "corrupt" is for mode'),
+        (
+            {
+                "arms": [{"name": "alone", "kind": "alone"}],
+                "faults": [{"kind": "kill", "sites": ["tokyo"], "at_s": 1}],
+            },
+            "links and faults are those of codistilled arms",
+        ),
+        ({"virtual": {"step_time_s": 0.5}}, r"\[virtual\] is for mode = \"virtual\""),
+        ({"mode": "virtual", "group": {"num_ranks": 2}}, "each site is one rank on the CPU"),
         ({"mode": "real"}, "mode: .*'real'"),
     ],
 )
@@ -138,7 +155,7 @@ def test_a_codistilled_arm_sets_keys_of_its_own() -> None:
     ("topology", "message"),
     [
         ("pair", "'pair' joins two members, this run has 3"),
-        ("star", "unknown topology 'star'"),
+        ("stars", "unknown topology 'stars'"),
         ("gone.gml", "no topology file .*gone.gml"),
     ],
 )
@@ -212,7 +229,7 @@ def test_links_and_faults_have_a_settled_schema() -> None:
             ],
             faults=[
                 {"kind": "kill", "sites": ["tokyo"], "at_step": 500},
-                {"kind": "slow-down", "sites": ["berlin", "tokyo"], "at_s": 1.5, "factor": 10},
+                {"kind": "slow-down", "sites": ["berlin"], "at_s": 1.5, "factor": 10},
             ],
         ),
         source="test",
@@ -222,12 +239,46 @@ def test_links_and_faults_have_a_settled_schema() -> None:
 
 
 @pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        (
+            ["restart 1"],
+            "fault 'restart' of 'tokyo' at step 1: it is not down by then; list its kill or leave",
+        ),
+        (["kill 1", "restart 2", "restart 3"], "'restart' of 'tokyo' at step 3: it is not down"),
+        (["kill 1", "leave 2"], "fault 'leave' of 'tokyo' at step 2: it does not run by then"),
+        (["slow-down 1", "join 2"], "fault 'slow-down' of 'tokyo' at step 1: it does not run by then"),
+        (["join 1", "kill 2", "join 3"], "'join' of 'tokyo' at step 3: a site joins once"),
+        (["heal 1"], "fault 'heal' of 'tokyo' at step 1: it is not cut off by then"),
+        (["partition 1", "partition 2"], "fault 'partition' of 'tokyo' at step 2: it is cut off already"),
+        (["kill 2", "restart 1"], r"the faults of 'tokyo' in the order in which they happen: .*\[2, 1\]"),
+    ],
+)
+def test_faults_that_cannot_follow_each_other_are_refused(faults: list[str], message: str) -> None:
+    entries = [
+        {"kind": kind, "sites": ["tokyo"], "at_step": int(step)}
+        | ({"factor": 2} if kind == "slow-down" else {})
+        for kind, step in map(str.split, faults)
+    ]
+    with pytest.raises(ConfigError, match=message):
+        parse_model(ScenarioConfig, table(faults=entries), source="test")
+
+
+def test_faults_that_can_follow_each_other_are_accepted() -> None:
+    kinds = ["join", "kill", "restart", "partition", "corrupt", "leave", "heal", "restart", "partition"]
+    entries = [{"kind": kind, "sites": ["tokyo"], "at_step": 10} for kind in kinds]
+    scenario = parse_model(ScenarioConfig, table(faults=entries, mode="virtual"), source="test")
+    assert [fault.kind for fault in scenario.faults] == kinds
+
+
+@pytest.mark.parametrize(
     ("section", "entry", "message"),
     [
         ("faults", {"kind": "kill", "sites": ["berlin"]}, "either at_step or at_s"),
         ("faults", {"kind": "kill", "sites": ["berlin"], "at_s": 1, "at_step": 1}, "either at_step or at_s"),
         ("faults", {"kind": "slow-down", "sites": ["berlin"], "at_s": 1}, "factor belongs to"),
         ("faults", {"kind": "kill", "sites": ["berlin"], "at_s": 1, "factor": 2}, "factor belongs to"),
+        ("faults", {"kind": "slow-down", "sites": ["berlin"], "at_s": 1, "factor": 0.5}, "at least 1"),
         ("faults", {"kind": "kill", "sites": [], "at_s": 1}, "at least 1"),
         ("links", {"between": ["berlin"]}, "at least 2"),
         ("links", {"between": ["berlin", "tokyo"], "loss_ratio": 1}, "less than 1"),

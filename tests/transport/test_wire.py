@@ -21,6 +21,12 @@ def test_a_greeting_survives_the_wire(greeting: wire.Greeting) -> None:
     assert wire.decode_header(encoded) == greeting
 
 
+@given(st.integers(0, 2**64 - 1))
+def test_a_receipt_survives_the_wire(num_bytes: int) -> None:
+    encoded = wire.encode_receipt(wire.Receipt(num_bytes))
+    assert wire.decode_header(encoded) == wire.Receipt(num_bytes)
+
+
 @pytest.mark.parametrize(
     ("header", "kind"),
     [
@@ -42,6 +48,8 @@ def test_whatever_decodes_is_what_would_be_encoded(header: bytes) -> None:
         return
     if isinstance(decoded, wire.Greeting):
         assert wire.encode_greeting(decoded) == header
+    elif isinstance(decoded, wire.Receipt):
+        assert wire.encode_receipt(decoded) == header
     else:
         assert bytes([decoded]) == header
 
@@ -63,6 +71,6 @@ def test_another_version_is_told_from_nonsense() -> None:
     greeting[1] = wire.WIRE_VERSION + 1
     with pytest.raises(HelloMismatchError, match="install the same release"):
         wire.decode_header(bytes(greeting))
-    for nonsense in (b"", b"\x00", b"\x01", b"\x01\x01", b"\x06", wire.KEEP + b"x"):
+    for nonsense in (b"", b"\x00", b"\x01", bytes([1, wire.WIRE_VERSION]), b"\x06", wire.KEEP + b"x"):
         with pytest.raises(MalformedError):
             wire.decode_header(nonsense)

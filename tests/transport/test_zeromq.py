@@ -28,6 +28,7 @@ from p2pcodistill.transport.base import (
     split_address,
 )
 from p2pcodistill.transport.channels import PeerChannels, Step
+from p2pcodistill.transport.receipts import MIN_UNDER_WAY_BYTES
 from p2pcodistill.transport.sockets import Timing
 from p2pcodistill.transport.zeromq import PeerEndpoint, ZeroMQTransport
 
@@ -301,8 +302,10 @@ async def test_what_does_not_parse_is_rejected_and_the_session_goes_on(
             (b"\x07", "no known kind"),
             (wire.DATA + b"x", "no known kind"),
             (bytes(100_000), "no known kind"),
-            (b"\x01\x01\x00short", "does not parse"),
             (wire.encode_greeting(wire.Greeting(Lane.CONTROL, b"s" * 8, b"c" * 8)), "out of place"),
+            (b"\x06", "no known kind"),
+            (wire.encode_receipt(wire.Receipt(1)), "of 0 that were sent"),
+            (b"\x01" + bytes([wire.WIRE_VERSION]) + b"\x00short", "does not parse"),
             (wire.PICK, None),  # it picks what is in use: nothing happens
         ]
         for header, why in wrong:
@@ -605,6 +608,66 @@ async def test_a_name_that_does_not_resolve_is_tried_again(
     assert await next_event(a) == Opened("b")
     assert asked == ["b.example"] * len(asked)
     assert len(asked) >= 2
+
+
+async def test_a_name_that_never_resolves_is_told_of_once(
+    transports: list[ZeroMQTransport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_asked, enough = 0, asyncio.Event()
+
+    async def look_up(host: object, port: int, **_: object) -> list[object]:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked == 10:
+            enough.set()
+        raise socket.gaierror("no such name")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
+    a = await open_site(transports, LOW, b=PeerEndpoint(HIGH.public, "tcp://b.example:5600"))
+    rejected = await expect(a, Rejected)
+    assert (rejected.peer, rejected.reason, rejected.num_times) == ("b", "unresolved", 1)
+    assert "'b.example' of b does not resolve" in rejected.why
+    async with asyncio.timeout(GENEROUS_S):
+        await enough.wait()
+    receiving = asyncio.create_task(a.receive())
+    await asyncio.sleep(0)
+    assert not receiving.done(), "nothing more is told"
+    receiving.cancel()
+
+
+async def test_who_takes_no_bulk_is_sent_a_bounded_amount_and_shows_it(
+    transports: list[ZeroMQTransport],
+) -> None:
+    server = await open_site(transports, LOW, friend=PeerEndpoint(HIGH.public))
+    with Stranger(HIGH, server.listen_address, LOW.public) as friend:
+        await friend.greet()
+        assert await next_event(server) == Opened("friend")
+        num_sent = 0
+        while server.send("friend", Lane.BULK, [bytes(1 << 18)]):
+            num_sent += 1
+        assert num_sent << 18 == server.traffic()["friend"].num_bytes_under_way == MIN_UNDER_WAY_BYTES
+        assert server.send("friend", Lane.CONTROL, [b"control has room"])
+        assert server.traffic()["friend"].rate_bytes_s is None
+        await friend.say(Lane.CONTROL, wire.encode_receipt(wire.Receipt(3 << 18)))
+        await friend.say(Lane.CONTROL, wire.DATA, b"after the receipt")
+        assert await next_event(server) == Received("friend", Lane.CONTROL, (b"after the receipt",))
+        assert server.traffic()["friend"].num_bytes_under_way == MIN_UNDER_WAY_BYTES - (3 << 18)
+        assert server.traffic()["friend"].rate_bytes_s is not None
+        assert server.send("friend", Lane.BULK, [bytes(3 << 18)])
+
+
+async def test_what_was_received_is_told_soon(transports: list[ZeroMQTransport]) -> None:
+    b = await open_site(transports, HIGH, a=PeerEndpoint(LOW.public))
+    a = await open_site(transports, LOW, b=reached_at(HIGH, b))
+    assert await next_event(a) == Opened("b")
+    for index in range(5):
+        assert a.send("b", Lane.BULK, [b"%d" % index, bytes(1000)])
+    assert a.traffic()["b"].num_bytes_under_way == 5 * 1001
+    async with asyncio.timeout(GENEROUS_S):
+        while a.traffic()["b"].num_bytes_under_way:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    traffic = a.traffic()["b"]
+    assert traffic.rate_bytes_s is not None and traffic.round_trip_s is not None
 
 
 async def test_a_failure_inside_surfaces_from_receive(

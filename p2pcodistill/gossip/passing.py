@@ -1,0 +1,223 @@
+"""Passing frames on: what joins fetching, sharing and relaying, as actions.
+
+`sharing` knows what others are told, `relay` who follows whom, `transfer` and `announce` what this site fetches and accepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+from p2pcodistill import telemetry
+from p2pcodistill.checkpoint.manifest import SignedManifest
+from p2pcodistill.errors import UnknownPeerError
+from p2pcodistill.gossip.announce import Announcements
+from p2pcodistill.gossip.download import Download
+from p2pcodistill.gossip.events import Action, DropChain, Report, send
+from p2pcodistill.gossip.messages import CatchUp, Follow, Have, NoPath, Unfollow
+from p2pcodistill.gossip.relay import MAX_FOLLOWERS, Orphans, Relay
+from p2pcodistill.gossip.sharing import Sharing
+from p2pcodistill.gossip.transfer import Transfers
+from p2pcodistill.identity import PublicIdentity
+
+
+class Passing:
+    """Frames of other origins: whom they are told to, whom they are fetched for, and who is asked for them."""
+
+    def __init__(
+        self,
+        *,
+        members: Mapping[str, PublicIdentity],
+        teachers: Collection[str],
+        sharing: Sharing,
+        transfers: Transfers,
+        announcements: Announcements,
+        is_ready: Callable[[str], bool],
+        relays: bool,
+        relay_after_s: float,
+    ) -> None:
+        self._members = members
+        self._teachers = dict.fromkeys(teachers)
+        self._sharing = sharing
+        self._transfers = transfers
+        self._announcements = announcements
+        self._is_ready = is_ready
+        self._relays = relays
+        self._relay = Relay()
+        self._once_relayed: dict[str, None] = {}
+        self._orphans = Orphans(teachers, relay_after_s=relay_after_s)
+
+    @property
+    def relayed_origins(self) -> tuple[str, ...]:
+        """The origins whose frames are fetched for others alone."""
+        return self._relay.origins
+
+    def is_relayed(self, origin: str) -> bool:
+        """Whether frames of `origin` are fetched for others alone."""
+        return self._relay.relays(origin)
+
+    def is_over(self, origin: str) -> bool:
+        """Whether frames of `origin` were relayed once, and are no more: what still comes of them is no offence."""
+        return origin in self._once_relayed and not self._relay.relays(origin)
+
+    # --- sessions ----------------------------------------------------------------------------------------------------
+
+    def open(self, peer: str) -> list[Action]:
+        """`peer` became ready."""
+        relay = self._orphans.open(peer)
+        thanks = [send(relay, Unfollow(peer))] if relay is not None and self._is_ready(relay) else []
+        return [*thanks, *self._sharing.open(peer, self._teachers)]
+
+    def close(self, peer: str, now_s: float) -> list[Action]:
+        """The session with `peer` is over: nobody can be told of its frames here, and it follows nobody."""
+        self._orphans.close(peer, now_s, is_teacher=peer in self._teachers)
+        self._relay.leave(peer)
+        self._sharing.close(peer)
+        actions = [*self._sharing.tell_all(peer), *self._turn_away(peer)]
+        self._relay.close(peer, now_s)
+        for origin in self._relay.origins:
+            self._look_for_followers(origin, now_s)
+        return actions
+
+    def tick(self, ready: Collection[str], now_s: float) -> list[Action]:
+        """Time has passed."""
+        actions = self._sharing.tick(self._transfers.downloads, now_s)
+        for peer, teacher in self._orphans.tick(ready, now_s):
+            held = self._transfers.plan(teacher).held
+            known = self._announcements.known_incarnation(teacher)
+            actions.append(send(peer, Follow(teacher, held, known)))
+        for origin in self._relay.take_idle(now_s):
+            actions += self._stop(origin)
+        return actions
+
+    # --- following ---------------------------------------------------------------------------------------------------
+
+    def follow(self, peer: str, request: Follow) -> list[Action]:
+        """`peer` asks to be told of the frames of another member. Raises UnknownPeerError if that one does not teach it."""
+        origin = request.origin
+        if origin not in self._members or not self._sharing.is_student(peer, origin):
+            raise UnknownPeerError(f"{peer} asked to follow {origin!r}, who does not teach it")
+        is_taught = origin in self._teachers
+        is_possible = self._relays and self._is_ready(origin)
+        has_room = is_taught or self._relay.relays(origin) or self._relay.has_room
+        if not (is_possible and has_room) or len(self._sharing.followers(origin)) >= MAX_FOLLOWERS:
+            return [send(peer, Unfollow(origin))]
+        actions: list[Action] = []
+        if not is_taught:
+            if not self._relay.relays(origin):
+                self._once_relayed[origin] = None
+                self._announcements.add(origin, self._members[origin], request.held)
+                self._transfers.relay(origin, request.held)
+                actions.append(Report(telemetry.RelayStarted(origin, peer)))
+            if self._relay.follow(origin, request.known_incarnation):
+                known = self._relay.known_incarnation(origin)
+                actions.append(send(origin, Follow(origin, request.held, known)))
+        return actions + self._sharing.follow(peer, origin, self._announcements.newest(origin))
+
+    def unfollow(self, peer: str, origin: str, now_s: float) -> None:
+        """`peer` need not be told of `origin` any more, or does not relay it, or not any more."""
+        if not self._orphans.decline(peer, origin):
+            self._sharing.unfollow(peer, origin)
+            self._relay.leave(peer, origin)
+            self._look_for_followers(origin, now_s)
+
+    def revoke(self, member: str) -> list[Action]:
+        """Nothing of `member` is passed on, or asked of others, any more."""
+        self._orphans.open(member)
+        actions = [*self._turn_away(member), *self._transfers.drop(member)]
+        if self._relay.relays(member):
+            self._relay.drop(member)
+            actions += self._stop(member)
+        self._announcements.remove(member, forgetting=False)
+        self._sharing.drop(member)
+        return actions
+
+    def restore(self, member: str, ready: Collection[str], now_s: float) -> list[Action]:
+        """`member` may teach again, if it is a teacher."""
+        if member not in self._teachers:
+            return []
+        self._announcements.add(member, self._members[member], None)
+        self._orphans.close(member, now_s, is_teacher=True)
+        return [action for peer in ready for action in self._sharing.open(peer, [member])]
+
+    # --- frames ------------------------------------------------------------------------------------------------------
+
+    def announce(
+        self, peer: str, frames: tuple[SignedManifest, ...], *, has_all: bool, is_new: bool
+    ) -> list[Action]:
+        """`peer` announced these frames of one origin, which were verified."""
+        for signed in frames:
+            self._sharing.hear(peer, signed, has_all=has_all)
+        return self._sharing.announce(frames[-1]) if is_new else []
+
+    def remind(self, peer: str, origin: str) -> list[Action]:
+        """`peer` is behind in what it knows of `origin`."""
+        newest = self._announcements.newest(origin)
+        return [] if newest is None else self._sharing.tell(peer, newest)
+
+    def tell_path(self, frames: tuple[SignedManifest, ...]) -> list[Action]:
+        """A path has arrived of an origin that is relayed: those who wait for it are told."""
+        origin = frames[0].manifest.origin
+        if not self._relay.relays(origin):
+            return []
+        actions: list[Action] = []
+        for peer in self._relay.take_waiting(origin, frames[0].base):
+            actions += self._sharing.answer(peer, frames, has_all=False)
+        if (request := self._relay.next_waiting(origin)) is not None:
+            self._transfers.relay_path(origin, request)
+        return actions
+
+    def have(self, peer: str, have: Have) -> None:
+        """`peer` tells what it holds of a frame. Raises MalformedError."""
+        signed = self._transfers.have(peer, have)
+        if signed is not None:
+            self._sharing.hear(peer, signed, has_all=True)
+
+    def receive(self, download: Download | None) -> list[Action]:
+        """A chunk of a frame that is being fetched was stored."""
+        return [] if download is None else self._sharing.receive(download)
+
+    # --- catching up -------------------------------------------------------------------------------------------------
+
+    def answer(self, peer: str, request: CatchUp) -> list[Action]:
+        """`peer` asks for a path of another origin. Raises UnknownPeerError if that one does not teach it."""
+        origin = request.origin or ""
+        if not self._sharing.is_student(peer, origin):
+            raise UnknownPeerError(f"{peer} asked for a path of {origin!r}, who does not teach it")
+        path = self._sharing.find_path(peer, request, origin)
+        if path:
+            return self._sharing.answer(peer, path, has_all=True)
+        if not self._relay.relays(origin) or peer not in self._sharing.followers(origin):
+            return [send(peer, NoPath(origin))]
+        is_first = self._relay.next_waiting(origin) is None
+        self._relay.wait(peer, origin, request)
+        if is_first:
+            self._transfers.relay_path(origin, request)
+        return []
+
+    def find_no_path(self, peer: str, origin: str) -> list[Action]:
+        """`peer` knows no path: another is asked, and another relay, too, if it is one."""
+        if self._transfers.asked(peer, origin) is not None:
+            self._transfers.forgo(peer, origin, is_needed=True)
+        return [send(peer, Unfollow(origin))] if self._orphans.decline(peer, origin) else []
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _turn_away(self, origin: str) -> list[Action]:
+        actions: list[Action] = []
+        for follower in self._sharing.followers(origin):
+            self._sharing.unfollow(follower, origin)
+            self._relay.leave(follower, origin)
+            actions.append(send(follower, Unfollow(origin)))
+        return actions
+
+    def _look_for_followers(self, origin: str, now_s: float) -> None:
+        if not self._sharing.followers(origin):
+            self._relay.idle(origin, now_s)
+
+    def _stop(self, origin: str) -> list[Action]:
+        actions = self._transfers.forget(origin)
+        self._announcements.remove(origin)
+        self._sharing.drop(origin)
+        if self._is_ready(origin):
+            actions.append(send(origin, Unfollow(origin)))
+        return [*actions, DropChain(origin), Report(telemetry.RelayStopped(origin))]

@@ -1,0 +1,121 @@
+"""A whole run without training: a topology, synthetic checkpoints, and the figures of what became of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from p2pcodistill import telemetry
+from p2pcodistill.checkpoint.manifest import DEFAULT_CHUNK_BYTES
+from p2pcodistill.gossip.protocol import DEFAULT_WINDOW_BYTES
+from p2pcodistill.report.staleness import StalenessTracker
+from p2pcodistill.simulation.scenario import FaultConfig
+from p2pcodistill.simulation.virtual.run import Shapes, VirtualRun, VirtualSettings
+from p2pcodistill.simulation.virtual.site import OnEvent
+from p2pcodistill.simulation.virtual.spread import SpreadTracker
+from p2pcodistill.simulation.virtual.synthetic import SyntheticModel, SyntheticRanks, SyntheticSchedule
+from p2pcodistill.topology.graph import Topology
+
+_PATIENCE_INTERVALS = 20
+"""How long a run goes on after the last version should have been published, for stragglers."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkBytes:
+    """What one direction of a link was given to carry, and the most that waited for it."""
+
+    num_bytes: int
+    max_bytes_queued: int
+
+
+class SyntheticRun:
+    """A run of `topology` in which every site publishes as `schedule` says; for one use.
+
+    It is over when every student has the last version of each of its teachers. `settings` are those of a `VirtualRun`, with
+    sizes as on the links: `chunk_bytes` and `window_bytes` are scaled down here, as far as the model allows.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        model: SyntheticModel,
+        schedule: SyntheticSchedule,
+        *,
+        settings: VirtualSettings | None = None,
+        shapes: Shapes | None = None,
+        faults: Sequence[FaultConfig] = (),
+        keep_curves: bool = False,
+        on_event: OnEvent = lambda _time_s, _site, _event: None,
+        on_fault: Callable[[float, FaultConfig], None] = lambda _time_s, _fault: None,
+    ) -> None:
+        settings = settings or VirtualSettings(
+            chunk_bytes=DEFAULT_CHUNK_BYTES, window_bytes=DEFAULT_WINDOW_BYTES
+        )
+        scale = model.scale_for(len(topology.members), chunk_bytes=settings.chunk_bytes)
+        self.staleness = StalenessTracker(keep_curves=keep_curves)
+        self.spread = SpreadTracker(topology.members)
+        self.num_deliveries = 0
+        """Versions that came to be in use at a student."""
+        self.num_bytes_fetched = 0
+        self.num_resent_bytes = 0
+        self._on_event = on_event
+        self._schedule = schedule
+        self._last_step = schedule.first_step + (schedule.num_versions - 1) * schedule.interval_steps
+        self._num_edges_left = sum(len(topology.teachers_of(member)) for member in topology.members)
+        self.network = VirtualRun(
+            topology,
+            settings=replace(
+                settings,
+                bytes_scale=scale,
+                chunk_bytes=settings.chunk_bytes // scale,
+                window_bytes=settings.window_bytes // scale,
+                fault_poll_s=schedule.step_time_s,
+            ),
+            shapes=shapes,
+            faults=faults,
+            on_event=self._note,
+            on_fault=on_fault,
+        )
+        for site in self.network.sites.values():
+            site.ranks = SyntheticRanks(
+                site,
+                topology.members,
+                topology.schedule_of(site.name),
+                model,
+                schedule,
+                self.network.clock,
+                bytes_scale=scale,
+                on_knowledge=self.spread.update,
+            )
+
+    def run(self, until_s: float | None = None) -> None:
+        """Let it happen, until `until_s` at most. Raises RuntimeError for a fault that never happened."""
+        if until_s is None:
+            num_steps = self._last_step + _PATIENCE_INTERVALS * self._schedule.interval_steps
+            until_s = num_steps * self._schedule.step_time_s
+        self.network.run(until_s, is_over=lambda: self._num_edges_left == 0)
+        self.staleness.close(self.network.clock.now_s)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every student has the last version of each of its teachers."""
+        return self._num_edges_left == 0
+
+    def bytes_by_link(self) -> dict[tuple[str, str], LinkBytes]:
+        """Of each direction of each link, as (sender, receiver)."""
+        carried = {}
+        for ends, link in self.network.links.items():
+            for sender, receiver in (ends, ends[::-1]):
+                wire = link.wire_from(sender)
+                carried[sender, receiver] = LinkBytes(wire.num_bytes_sent, wire.max_bytes_queued)
+        return carried
+
+    def _note(self, time_s: float, site: str, event: telemetry.Event) -> None:
+        if isinstance(event, telemetry.TeacherSwapped):
+            self.num_deliveries += 1
+            self._num_edges_left -= event.teacher_step == self._last_step
+        elif isinstance(event, telemetry.FrameFetched):
+            self.num_bytes_fetched += event.num_bytes
+            self.num_resent_bytes += event.num_resent_bytes
+        self.staleness.update(time_s, site, event)
+        self._on_event(time_s, site, event)

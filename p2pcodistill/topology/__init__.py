@@ -1,0 +1,1 @@
+"""Who teaches whom: graphs by name or file, schedules over time, their figures and pictures."""

@@ -1,0 +1,61 @@
+"""`make soak`: a hundred kill -9 at random moments in a ring of four, then an hour of a hundred exchanges a minute.
+
+    python tests/soak.py [--kills 100] [--minutes 60] [--seed 0]
+
+Exit status 0: training went on, no stored version was lost or damaged, no process was left, nothing grew without end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from integration.conftest import Sites
+from integration.endurance import exchange_for_long, survive_kills
+
+from p2pcodistill.group.lifeline import adopt_orphans
+
+EXCHANGES_PER_S = 100 / 60
+
+
+async def soak(num_kills: int, minutes: float, seed: int) -> None:
+    """Both parts, each in a folder of its own. Raises AssertionError, which says what was not borne."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("kills", "exchanges"):
+            sites = Sites(Path(folder)).elsewhere(name)
+            try:
+                if name == "kills" and num_kills:
+                    kills = await survive_kills(sites, num_kills, seed=seed, tell=tell)
+                    print(f"survived: {dict(kills)}")
+                elif name == "exchanges" and minutes:
+                    count = await exchange_for_long(
+                        sites, 60 * minutes, exchanges_per_s=EXCHANGES_PER_S, tell=tell
+                    )
+                    print(f"level after {count} exchanges in {minutes:g} minutes")
+            finally:
+                leftover = await sites.clean()
+            assert leftover == [], f"processes outlived their node: {leftover}"
+
+
+def tell(line: str) -> None:
+    """One line of progress."""
+    print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    adopt_orphans()
+    asyncio.run(soak(options.kills, options.minutes, options.seed))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
