@@ -1,7 +1,8 @@
 """What sixteen sites pay and get under some topologies, on even lines and with one thin one; README, "Choosing a topology".
 
 Virtual time, no training: each site publishes checkpoints of the size of a real model's, and passes on what it has learnt.
-A site's line is shared evenly by its links. `python -m benchmarks.topologies docs/topologies.png` prints and draws it.
+A site's upload is shared evenly by its students, its download by its teachers.
+`python -m benchmarks.topologies docs/topologies.png` prints and draws it (some minutes).
 """
 
 from __future__ import annotations
@@ -70,11 +71,12 @@ def main() -> None:
 def shapes(
     topology: Topology, mbit_of: Mapping[str, float]
 ) -> dict[tuple[str, str], tuple[LinkShape, LinkShape]]:
-    """The links of sites whose lines carry so much each way, shared evenly."""
+    """The links of sites whose lines carry so much each way: shared evenly by a site's students, and by its teachers."""
 
     def shape(sender: str, receiver: str) -> LinkShape:
-        shares = [mbit_of[site] / len(topology.neighbours_of(site)) for site in (sender, receiver)]
-        return LinkShape(min(shares), latency_ms=LATENCY_MS)
+        up_mbit = mbit_of[sender] / len(topology.students_of(sender))
+        down_mbit = mbit_of[receiver] / len(topology.teachers_of(receiver))
+        return LinkShape(min(up_mbit, down_mbit), latency_ms=LATENCY_MS)
 
     return {(a, b): (shape(a, b), shape(b, a)) for a, b in neighbour_pairs(topology)}
 

@@ -6,7 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
 
+from p2pcodistill.checkpoint.manifest import Version
 from p2pcodistill.checkpoint.store import FrameStore, StoredFrame
+from p2pcodistill.codistill.freshness import AgeClock
 from p2pcodistill.errors import OversizedError, RefusedError
 from p2pcodistill.gossip import protocol as gossip
 from p2pcodistill.group.link import (
@@ -19,12 +21,15 @@ from p2pcodistill.group.link import (
 )
 from p2pcodistill.publisher import Publisher
 from p2pcodistill.runfolder import is_full_disk
-from p2pcodistill.telemetry import EventLog, Refused, VersionAnnounced
+from p2pcodistill.telemetry import EventLog, PeerDisconnected, Refused, VersionAnnounced
 from p2pcodistill.transport.base import Transport
 from p2pcodistill.transport.refusals import RefusalLog
 
 _NUM_OFFERS_KEPT = 2
 """The ranks may still be reading what they were offered before the newest checkpoint of a teacher."""
+
+_MAX_VERSIONS_KNOWN = 32
+"""Of each teacher: all of them go into one message."""
 
 
 class Performer:
@@ -41,15 +46,22 @@ class Performer:
         events: EventLog,
         refusals: RefusalLog,
         serve: Callable[[str, str, int], None],
+        forget: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`serve` is called for each chunk of a frame that a peer wants: with peer, frame id and index."""
+        """`serve` is called for each chunk of a frame that a peer wants: with peer, frame id and index; `forget` when what a
+        peer wanted is not to be served any more.
+
+        `clock`, in seconds, counts the ages of what teachers have announced.
+        """
         self._store, self._transport, self._link = store, transport, link
         self._publisher, self._events, self._refusals = publisher, events, refusals
-        self._serve = serve
+        self._serve, self._forget = serve, forget
         self._offered: dict[str, list[tuple[StoredFrame, ...]]] = {teacher: [] for teacher in teachers}
-        self._known: dict[str, VersionKnown] = {}
+        self._ages = AgeClock(clock, max_versions=_MAX_VERSIONS_KNOWN)
         for teacher in teachers:
-            self._extend(teacher)
+            if chain := self._extend(teacher):
+                self._ages.hear({teacher: chain[-1].version})
 
     async def perform(self, action: gossip.Action) -> Sequence[gossip.Event]:
         """Do it; what gossip is to be told of it. Raises OSError when this site's own store fails."""
@@ -103,10 +115,11 @@ class Performer:
                 self._refusals.note(refused.peer, refused.reason, refused.why, time.monotonic())
             case gossip.Report(event):
                 self._events.write(event)
+                if isinstance(event, PeerDisconnected):  # the connection may go on, with a peer in quarantine
+                    self._forget(event.peer)
                 if isinstance(event, VersionAnnounced) and event.origin in self._offered:
-                    known = VersionKnown(event.origin, event.incarnation, event.step)
-                    self._known[event.origin] = known
-                    await self._link.send(known)
+                    self._ages.hear({event.origin: Version(event.incarnation, event.step)})
+                    await self._link.send(VersionKnown(event.origin, event.incarnation, event.step))
         return []
 
     # --- what the ranks are offered --------------------------------------------------------------------------------
@@ -116,8 +129,12 @@ class Performer:
         return tuple(_describe(chains[-1]) for chains in self._offered.values() if chains)
 
     def known(self) -> tuple[VersionKnown, ...]:
-        """The newest version that each teacher has announced since the node started, as far as it has."""
-        return tuple(self._known.values())
+        """What each teacher had when the node started or has announced since, from its version on offer to the newest."""
+        return tuple(
+            VersionKnown(teacher, *version, age_s)
+            for teacher in self._offered
+            for version, age_s in self._ages.ages_s(teacher).items()
+        )
 
     def frames_on_offer(self) -> set[str]:
         """The ids of frames that the ranks may be about to read."""
@@ -141,6 +158,7 @@ class Performer:
         chain = self._store.chain(origin)
         if chain:
             self._offered[origin] = [*self._offered[origin], chain][-_NUM_OFFERS_KEPT:]
+            self._ages.forget(origin, chain[-1].version)
         return chain
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from p2pcodistill.errors import ConfigError, UserError
+from p2pcodistill.topology.density import CODEC_BITS
 
 if TYPE_CHECKING:
     from p2pcodistill.config import NodeConfig
@@ -175,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     density = topology.add_mutually_exclusive_group()
     density.add_argument(
         "--codec",
-        choices=("fp32", "fp16", "keyframes", "adaptive"),
+        choices=tuple(CODEC_BITS),
         default="adaptive",
         help="how checkpoints travel: raw, fp16 keyframes only (frames.delta = off), or a keyframe and adaptive delta "
         "frames (the default), as measured",
@@ -297,6 +298,7 @@ def _node(options: argparse.Namespace) -> int:
                 config,
                 base_folder=base_folder,
                 subscriber=lambda record: view.update(config.run, config.name, record),
+                reload=(lambda: _node_config(options)[0]) if options.file else None,
             )
             return (await node.run()).exit_status
 
@@ -342,7 +344,7 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _topology(options: argparse.Namespace) -> int:
-    from p2pcodistill.topology.description import CODEC_BITS, Assumptions, describe
+    from p2pcodistill.topology.description import Assumptions, describe
 
     assumptions = Assumptions(
         num_parameters=options.parameters,

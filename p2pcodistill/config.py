@@ -77,7 +77,7 @@ class CodistillationConfig(StrictModel):
     teacher_average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Publish a moving average of the student with this decay a step (0.98: of some 50 steps); 0: the student as it is."""
     gate_margin: NonNegativeFloat = 1.0
-    """A teacher whose loss on local batches is above the student's by more (in nats) does not teach until it recovers; 0: no gate."""
+    """A teacher whose loss on local batches exceeds the student's by more (nats) does not teach; 0: losses do not count."""
     max_staleness_steps: PositiveInt | None = None
     """A teacher more steps than this behind the newest version that it has announced does not teach; none: no limit."""
     max_age_s: PositiveFloat | None = None
@@ -231,7 +231,7 @@ class NodeConfig(StrictModel):
     relay: bool = True
     """Whether this site passes checkpoints on between two members that cannot connect and ask it to."""
     revoked: tuple[SiteName, ...] = ()
-    """Members whose key this site no longer trusts: refused, and nobody waits for them. Can be changed while the node runs."""
+    """Members whose key this site no longer trusts: refused, and nobody waits for them. Can change while the node runs."""
     max_frame_bytes: PositiveInt = 4 << 30
     """Refuse a teacher's checkpoint that is larger than this on the wire."""
     max_upload_mbit: PositiveFloat | None = None

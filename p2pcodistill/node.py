@@ -24,7 +24,7 @@ from pathlib import Path
 from p2pcodistill.actions import Performer
 from p2pcodistill.checkpoint.store import FrameStore
 from p2pcodistill.config import GroupSpec, NodeConfig
-from p2pcodistill.errors import MalformedError, RunFolderError
+from p2pcodistill.errors import MalformedError, RunFolderError, UserError
 from p2pcodistill.gossip import protocol as gossip
 from p2pcodistill.group.lifeline import adopt_orphans
 from p2pcodistill.group.link import (
@@ -37,14 +37,18 @@ from p2pcodistill.group.link import (
     NodeLink,
     ReferenceReady,
     StopRequested,
+    TrustChanged,
     Welcome,
 )
 from p2pcodistill.group.supervise import StopSwitch, Supervisor, first_of
 from p2pcodistill.identity import Identity, PublicIdentity
+from p2pcodistill.linger import linger
 from p2pcodistill.links import LinkMeter
 from p2pcodistill.publisher import Publisher
+from p2pcodistill.reload import Reload, compare
 from p2pcodistill.runfolder import RunFolder, is_full_disk
 from p2pcodistill.telemetry import (
+    ConfigReloaded,
     EventLog,
     NodeStarted,
     NodeStopped,
@@ -64,6 +68,7 @@ REFUSAL_INTERVAL_S = 1.0
 LINK_INTERVAL_S = 5.0
 LAST_WORDS_TIMEOUT_S = 20.0
 MIN_TRAFFIC_BYTES = 4096
+REVOKED_WHY = "it is listed under `revoked`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +83,15 @@ class Node:
     """One site. Build it (bad input raises UserError before anything starts), then `await run()` once."""
 
     def __init__(
-        self, config: NodeConfig, *, base_folder: Path, subscriber: Callable[[Record], None] | None = None
+        self,
+        config: NodeConfig,
+        *,
+        base_folder: Path,
+        subscriber: Callable[[Record], None] | None = None,
+        reload: Callable[[], NodeConfig] | None = None,
     ) -> None:
-        """`base_folder` is what relative paths in `config` mean; `subscriber` sees every event as a record."""
+        """`base_folder` is what relative paths in `config` mean; `subscriber` sees every event as a record. `reload` reads
+        the configuration again, at a SIGHUP; without it that stops the node."""
         self._config = config
         self._identity = Identity.load(base_folder / (config.identity or f"{config.name}.key"))
         members = config.ordered_members
@@ -91,12 +102,12 @@ class Node:
         self._neighbours = self._topology.neighbours_of(config.name)
         self._others = [name for name in members if name != config.name and name not in self._teachers]
         # Any member may need a relay here; neighbours and this site's own relays are dialled.
-        dialled = (*self._neighbours, *config.relays)
+        dialled = self._dialled = (*self._neighbours, *config.relays)
         endpoints = {
             peer.name: PeerEndpoint(peer.identity, peer.address if peer.name in dialled else None)
             for peer in config.peers
         }
-        self._transport = ZeroMQTransport(self._identity, config.listen, endpoints)
+        self._transport = ZeroMQTransport(self._identity, config.listen, endpoints, denied=config.revoked)
         folder = base_folder / (config.run_folder or f"runs/{config.run}-{config.name}")
         self._folder = RunFolder(folder.absolute(), self._describe())
         self._task = config.task.located_in(base_folder)
@@ -157,10 +168,13 @@ class Node:
             events=self._events,
             refusals=self._refusals,
             serve=self._uploads.serve,
+            forget=self._uploads.forget,
         )
         self._ranks_left = asyncio.Event()
         self._gossip_moved = asyncio.Event()
         self._stop = StopSwitch(self._events)
+        self._reload = reload
+        self._reload_requested = asyncio.Event()
         self._num_bytes_reported = 0
         self._links_reported_s = 0.0
 
@@ -187,7 +201,7 @@ class Node:
         """Listen, train, exchange, finish, leave. Raises UserError (port in use, full disk, workers that keep failing)."""
         adopt_orphans()
         outcome = Outcome("failed", 1)
-        with self._stop.on_signals():
+        with self._stop.on_signals(self._reload_requested.set if self._reload else None):
             try:
                 await self._transport.open()
                 link_address = self._link.open()
@@ -201,6 +215,8 @@ class Node:
                         pid=os.getpid(),
                     )
                 )
+                for name in self._config.revoked:
+                    await self._feed(gossip.MemberRevoked(name, REVOKED_WHY))
                 outcome = await self._run_tasks(link_address)
             except BaseExceptionGroup as errors:
                 raise self._explain(_first_leaf(errors)) from errors
@@ -225,6 +241,7 @@ class Node:
                     self._pump_transport,
                     self._pump_link,
                     self._pump_ticks,
+                    self._pump_reloads,
                     self._publisher.run,
                     self._uploads.run,
                 )
@@ -256,7 +273,9 @@ class Node:
             drained.cancel()
         if finished:
             await self._feed(gossip.TrainingFinished())
-            await self._linger()
+            await linger(
+                self._gossip, self._gossip_moved, self._stop.requested, linger_s=self._config.linger_s
+            )
         if self._stop.requested.is_set():
             return Outcome("stopped", 128 + self._stop.signal)
         return Outcome("finished", 0)
@@ -297,16 +316,6 @@ class Node:
         await self._link.send(StopRequested())
         return self._link.joined
 
-    async def _linger(self) -> None:
-        """Serve the last checkpoint until every student has finished, `linger_s` is over, or a signal comes."""
-        deadline_s = time.monotonic() + self._config.linger_s
-        while not (self._gossip.students_finished or self._stop.requested.is_set()):
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
-                return
-            await first_of(self._gossip_moved, self._stop.requested, timeout_s=left_s)
-            self._gossip_moved.clear()
-
     # --- gossip ----------------------------------------------------------------------------------------------------
 
     async def _pump_transport(self) -> None:
@@ -334,6 +343,39 @@ class Node:
             for frame_id in self._store.prune(keep_frame_ids=in_use, relayed_origins=self._others):
                 await self._feed(gossip.FrameLost(frame_id))
 
+    async def _pump_reloads(self) -> None:
+        """Read the configuration again when asked to. One that cannot be is told of, and the one in force stays."""
+        while True:
+            await self._reload_requested.wait()
+            self._reload_requested.clear()
+            assert self._reload is not None, "else nobody asks"
+            try:
+                found = compare(self._config, self._reload())
+            except UserError as error:
+                self._events.write(Refused(None, "configuration", f"not reloaded: {error}"))
+                continue
+            await self._adopt(found)
+
+    async def _adopt(self, found: Reload) -> None:
+        self._config = found.config
+        for name in found.revoked:
+            await self._feed(gossip.MemberRevoked(name, REVOKED_WHY))
+            self._transport.deny(name)  # behind what gossip had to say to it
+            await self._link.send(TrustChanged(name, is_trusted=False))
+        for name in found.restored:
+            await self._feed(gossip.MemberRestored(name))
+            self._transport.admit(name)
+            await self._link.send(TrustChanged(name, is_trusted=True))
+        for name, address in found.addresses.items():
+            if name in self._dialled:
+                self._transport.move(name, address)
+        changed = ["revoked"] if found.revoked or found.restored else []
+        changed += [f"address of {name}" for name in found.addresses]
+        self._events.write(ConfigReloaded(changed, list(found.needs_restart)))
+        if found.needs_restart:
+            why = f"changed, but ignored until the node is started again: {', '.join(found.needs_restart)}"
+            self._events.write(Refused(None, "configuration", why))
+
     async def _lose_frame(self, frame_id: str) -> None:
         await self._feed(gossip.FrameLost(frame_id))
 
@@ -360,7 +402,8 @@ class Node:
                 continue
             match message:
                 case Joined():
-                    await self._link.send(Welcome(self._performer.offers(), self._performer.known()))
+                    offers, known = self._performer.offers(), self._performer.known()
+                    await self._link.send(Welcome(offers, known, self._config.revoked))
                     if self._stop.requested.is_set():
                         await self._link.send(StopRequested())
                 case EventHappened(record):

@@ -10,7 +10,7 @@ from p2pcodistill.checkpoint.store import FrameStore
 from p2pcodistill.gossip import protocol as gossip
 from p2pcodistill.group.link import ChainBroken, FrameOffered, KeyframeWanted, VersionKnown
 from p2pcodistill.identity import Identity
-from p2pcodistill.telemetry import EventLog, PeerConnected, Refused, VersionAnnounced
+from p2pcodistill.telemetry import EventLog, PeerConnected, PeerDisconnected, Refused, VersionAnnounced
 from p2pcodistill.transport.refusals import RefusalLog
 
 BERLIN = Identity.from_secrets(b"\1" * 32, b"\2" * 32)
@@ -83,7 +83,9 @@ class Site:
         self.events = EventLog(folder / "events.jsonl", self.records.append)
         self.refusals = []
         self.served = []
+        self.forgotten = []
         self.renewed = renewed
+        self.now_s = 1000.0
         self.performer = self.open()
 
     def open(self):
@@ -96,6 +98,8 @@ class Site:
             events=self.events,
             refusals=RefusalLog(self.refusals.append, 1.0),
             serve=lambda *wanted: self.served.append(wanted),
+            forget=self.forgotten.append,
+            clock=lambda: self.now_s,
         )
 
     async def fetch(self, step, base_step=None, *, incarnation=1):
@@ -119,6 +123,14 @@ def site(tmp_path):
     yield site
     site.store.close()
     site.events.close()
+
+
+async def test_who_is_ready_no_more_is_served_no_more_though_it_is_connected(site):
+    await site.performer.perform(gossip.Report(PeerConnected("tokyo")))
+    assert site.forgotten == []
+    await site.performer.perform(gossip.Report(PeerDisconnected("tokyo", "quarantined")))
+    assert site.forgotten == ["tokyo"]
+    assert site.records[-1]["event"] == "peer-disconnected", "and it is told"
 
 
 async def test_gossip_is_told_how_far_the_stored_chain_leads(site):
@@ -235,10 +247,26 @@ async def test_the_ranks_are_told_of_what_teachers_announced_now_and_when_they_j
     announced = [VersionAnnounced("tokyo", 1, 50, 10), VersionAnnounced("tokyo", 1, 100, 10)]
     for event in [*announced, VersionAnnounced("oslo", 1, 70, 10)]:  # who is no teacher
         await site.performer.perform(gossip.Report(event))
+        site.now_s += 7
     assert [record["origin"] for record in site.records] == ["tokyo", "tokyo", "oslo"]
     assert site.outlet.messages == [VersionKnown("tokyo", 1, 50), VersionKnown("tokyo", 1, 100)]
-    assert site.performer.known() == (VersionKnown("tokyo", 1, 100),)
-    assert site.open().known() == ()
+    both = VersionKnown("tokyo", 1, 50, 21.0), VersionKnown("tokyo", 1, 100, 14.0)
+    assert site.performer.known() == both
+    await site.offer(100)
+    site.now_s += 3
+    assert site.performer.known() == (VersionKnown("tokyo", 1, 100, 17.0),), "what is older is not offered"
+    reopened = site.open()
+    site.now_s += 1
+    assert reopened.known() == (VersionKnown("tokyo", 1, 100, 1.0),)
+
+
+async def test_what_the_ranks_are_told_of_one_teacher_is_bounded(site):
+    for step in range(500):
+        site.now_s += 1
+        await site.performer.perform(gossip.Report(VersionAnnounced("tokyo", 1, step, 10)))
+    known = site.performer.known()
+    assert len(known) <= 32
+    assert (known[0], known[-1]) == (VersionKnown("tokyo", 1, 0, 499.0), VersionKnown("tokyo", 1, 499, 0.0))
 
 
 async def test_reports_go_to_the_log_and_refusals_are_counted_first(site):

@@ -56,6 +56,15 @@ class Site:
     async def lose(self, frame_id):
         self.lost.append(frame_id)
 
+    async def open_sessions(self, *peers):
+        """Receive that they have begun, as a node does: before that, nothing may be sent."""
+        left = set(peers)
+        async with asyncio.timeout(GENEROUS_S):
+            while left:
+                event = await self.transport.receive()
+                if isinstance(event, Opened):
+                    left.remove(event.peer)
+
     def want(self, peer, *indices):
         for index in indices:
             self.uploads.serve(peer, self.frame_id, index)
@@ -80,6 +89,7 @@ async def open_site(tmp_path):
             for transport in (site.transport, *site.peers.values()):
                 await transport.open()
                 stack.push_async_callback(transport.close)
+            await site.open_sessions(*site.peers)
             task = asyncio.create_task(site.uploads.run())
 
             async def end():
@@ -140,6 +150,7 @@ async def test_a_new_session_owes_nothing_to_the_last_one(open_site):
     assert site.uploads.num_waiting_bytes("oslo") == 0
     assert site.network.faults.num_payloads_cut_off > 0
     site.network.heal("berlin", "oslo")
+    await site.open_sessions("oslo")
     site.want("oslo", 7)
     async with asyncio.timeout(GENEROUS_S):
         while True:

@@ -15,7 +15,6 @@ from p2pcodistill.checkpoint.coding import (
     decompress_symbols,
     join_zeros,
 )
-from p2pcodistill.checkpoint.encoder import check_finite, largest_magnitude
 from p2pcodistill.checkpoint.entries import (
     CODE_PIECES,
     EXACT,
@@ -36,20 +35,26 @@ from p2pcodistill.checkpoint.quantize import (
     num_blocks,
 )
 from p2pcodistill.checkpoint.reference import Reference, checksum_tensors, combine_checksums, raw_bytes
-from p2pcodistill.checkpoint.scan import empty_tensor, scan_tensor
+from p2pcodistill.checkpoint.scan import check_finite, empty_tensor, largest_magnitude, scan_tensor
+from p2pcodistill.checkpoint.snapshot import Schema, dtype_name
 from p2pcodistill.errors import ChecksumError, MalformedError, NonFiniteError
 
 
-def decode_frame(frame: bytes | memoryview, base: Reference | None, *, max_bytes: int) -> Reference:
+def decode_frame(
+    frame: bytes | memoryview, base: Reference | None, *, max_bytes: int, schema: Schema | None = None
+) -> Reference:
     """The reference that `frame` leads to: a new one for a keyframe; `base` itself, moved in place, for a delta frame.
 
-    `max_bytes` caps the decoded tensors together. Raises MalformedError, OversizedError, ChecksumError or NonFiniteError,
-    and nothing else on account of `frame`; `base` is spoilt then, unless the error is a ChecksumError for a frame that has
-    another base.
+    `max_bytes` caps the decoded tensors together. With a `schema`, a keyframe of another model is refused by its header:
+    tens of thousands of tiny tensors take seconds to decode. Raises MalformedError, OversizedError, SchemaMismatchError,
+    ChecksumError or NonFiniteError, and nothing else on account of `frame`; `base` is spoilt then, unless the error is a
+    SchemaMismatchError, or a ChecksumError for a frame that has another base.
     """
     view = memoryview(frame).cast("B")
     header = read_header(view, max_bytes=max_bytes)
     if header.base is None:
+        if schema is not None:
+            schema.check(_schema_of(header))
         reference = _decode_keyframe(view, header)
     else:
         reference = _check_base(header, base)
@@ -90,6 +95,11 @@ def _decode_keyframe(view: memoryview, header: FrameHeader) -> Reference:
         checksums.append(scan.checksum)
     dtypes = {entry.name: entry.dtype for entry in header.entries}
     return Reference(header.step, tensors, dtypes, header.aliases, combine_checksums(checksums))
+
+
+def _schema_of(header: FrameHeader) -> Schema:
+    specs = {entry.name: (dtype_name(entry.dtype), entry.shape) for entry in header.entries}
+    return Schema(specs, header.aliases)
 
 
 def _check_base(header: FrameHeader, base: Reference | None) -> Reference:

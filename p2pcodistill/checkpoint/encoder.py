@@ -9,15 +9,12 @@ few bits. What they keep exact is sent as a lossless difference where it is smal
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from p2pcodistill.checkpoint.coding import MAX_RAW_BYTES, compress_raw, compress_symbols, split_zeros
 from p2pcodistill.checkpoint.entries import (
     CODABLE_DTYPES,
     EXACT,
@@ -30,21 +27,19 @@ from p2pcodistill.checkpoint.entries import (
     join_entries,
 )
 from p2pcodistill.checkpoint.frames import FrameWriter
-from p2pcodistill.checkpoint.quantize import (
-    BLOCK_ELEMENTS,
-    SEGMENT_ELEMENTS,
-    Alphabet,
-    Quantizer,
-    decode_int8,
-    encode_int8,
-    encode_lossless,
-)
+from p2pcodistill.checkpoint.pieces import CodeWriter, join_flat, write_exact, write_int8, write_lossless
+from p2pcodistill.checkpoint.quantize import BLOCK_ELEMENTS
 from p2pcodistill.checkpoint.rate import NUM_SAMPLES, Plan, RateControl, Sample, sample_difference
 from p2pcodistill.checkpoint.reference import Reference, checksum_tensors, combine_checksums, raw_bytes
-from p2pcodistill.checkpoint.scan import checksum_tensor, empty_tensor, find_largest, scan_tensor
+from p2pcodistill.checkpoint.scan import (
+    checksum_tensor,
+    empty_tensor,
+    find_largest,
+    largest_magnitude,
+    scan_tensor,
+)
 from p2pcodistill.checkpoint.snapshot import Snapshot
 from p2pcodistill.config import FramesConfig
-from p2pcodistill.errors import NonFiniteError
 
 _KEYFRAME_DTYPES = {
     "fp16": torch.float16,
@@ -80,7 +75,7 @@ class FrameEncoder:
         self._reference: Reference | None = None
         self._buffers: frozenset[str] = frozenset()
         self._rate = RateControl(config) if config.delta not in ("lossless", "off") else None
-        self._quantizers: dict[torch.device, Quantizer] = {}
+        self._codes = CodeWriter()
         self._num_keyframe_bytes = 0
         self._num_delta_bytes = 0
 
@@ -95,7 +90,10 @@ class FrameEncoder:
         return self._num_delta_bytes > self._num_keyframe_bytes
 
     def limit(self, num_bytes: int) -> None:
-        """Keep delta frames below this from now on, as far as that is possible, if need be at the cost of their quality."""
+        """Keep delta frames to about this from now on, where possible, if need be at the cost of their quality.
+
+        It is an estimate that is kept to it: what travels exactly is counted uncompressed, the footer not at all.
+        """
         if self._rate is not None:
             self._rate.limit_bytes = num_bytes
 
@@ -135,25 +133,26 @@ class FrameEncoder:
     def _encode_keyframe(self, snapshot: Snapshot, sink: BinaryIO) -> tuple[EncodedFrame, Reference]:
         tensors: dict[str, Tensor] = {}
         checksums: dict[str, int] = {}
-        for name in snapshot.tensors:  # all, before anything is written: one may not be finite
-            tensors[name], checksums[name] = self._cast_for_keyframe(snapshot, name)
+        for (
+            name,
+            tensor,
+        ) in snapshot.tensors.items():  # all, before anything is written: one may not be finite
+            if self._fits_int8(snapshot, name):
+                tensors[name] = empty_tensor(tensor.shape, torch.float16, tensor.device)
+            else:
+                tensors[name], checksums[name] = self._cast_for_keyframe(snapshot, name)
         writer = FrameWriter(sink)
         for name, tensor in snapshot.tensors.items():
             wire = tensors[name]
-            is_int8 = (
-                self._config.keyframe == "int8"
-                and is_codable(snapshot, name)
-                and wire.dtype == torch.float16
-                and tensor.numel() > 0
-            )
-            if is_int8:
-                _write_int8(writer, tensor, wire)
+            encoding = EXACT if name in checksums else INT8
+            if encoding == INT8:
+                write_int8(writer, tensor, wire)
                 checksums[name] = checksum_tensor(wire)
             else:
-                _write_exact(writer, wire)
-            writer.end_tensor(name, tensor.dtype, wire.dtype, tensor.shape, INT8 if is_int8 else EXACT)
+                write_exact(writer, wire)
+            writer.end_tensor(name, tensor.dtype, wire.dtype, tensor.shape, encoding)
         dtypes = {name: tensor.dtype for name, tensor in snapshot.tensors.items()}
-        checksum = combine_checksums(checksums.values())
+        checksum = combine_checksums(checksums[name] for name in tensors)
         reference = Reference(snapshot.step, tensors, dtypes, snapshot.aliases, checksum)
         writer.finish(reference.step, None, reference.checksum, reference.aliases)
         return _describe(writer, reference, None, f"{self._config.keyframe}+blosc2"), reference
@@ -215,12 +214,12 @@ class FrameEncoder:
 
     def _is_coded(self, snapshot: Snapshot, reference: Reference, name: str, largest: float) -> bool:
         held = reference.tensors[name]
-        return (
-            is_codable(snapshot, name)
-            and held.dtype in CODABLE_DTYPES
-            and largest <= min(_LARGEST[held.dtype], _LARGEST_CODED)
-            and held.numel() > 0
-        )
+        if not is_codable(snapshot, name) or held.dtype not in CODABLE_DTYPES or not held.numel():
+            return False
+        largest_coded = min(_LARGEST[held.dtype], _LARGEST_CODED)
+        # The way back from what is too large to be squared is no difference that could be measured, either.
+        is_held_far = _LARGEST[held.dtype] > _LARGEST_CODED and find_largest(held) > _LARGEST_CODED
+        return largest <= largest_coded and not is_held_far
 
     def _choose_whole(
         self, snapshot: Snapshot, name: str, reference: Reference, largest: float
@@ -255,14 +254,16 @@ class FrameEncoder:
                     reference.tensors[name].copy_(wire)
                 else:
                     reference.tensors[name] = wire.clone() if wire is snapshot.tensors[name] else wire
-            _write_exact(writer, _join(wires))
+            write_exact(writer, join_flat(wires))
         elif bundle.encoding == LOSSLESS:
             held = [reference.tensors[name].view(-1) for name in names]
             if len(names) == 1:
-                _write_lossless(writer, snapshot.tensors[names[0]], held[0])
+                write_lossless(writer, snapshot.tensors[names[0]], held[0])
                 return
-            joined = _join(held)
-            _write_lossless(writer, _join([snapshot.tensors[name].to(wire_dtype) for name in names]), joined)
+            joined = join_flat(held)
+            write_lossless(
+                writer, join_flat([snapshot.tensors[name].to(wire_dtype) for name in names]), joined
+            )
             for tensor, part in zip(held, joined.split_with_sizes([*map(len, held)]), strict=True):
                 tensor.copy_(part)
         elif plan is not None:
@@ -270,26 +271,18 @@ class FrameEncoder:
                 (snapshot.tensors[name].view(-1), reference.tensors[name].view(-1), plan.step * rms[name])
                 for name in names
             ]
-            self._write_codes(writer, runs, plan.alphabet)
+            self._codes.write(writer, runs, plan.alphabet)
 
-    def _write_codes(
-        self, writer: FrameWriter, tensors: list[tuple[Tensor, Tensor, float]], alphabet: Alphabet
-    ) -> None:
-        """Of (weights, reference, step), all flat: one tensor's segments, or joined ones as one segment."""
-        segments = [tensors]
-        if len(tensors) == 1:
-            ((weights, held, step),) = tensors
-            slices = [
-                slice(start, start + SEGMENT_ELEMENTS) for start in range(0, len(weights), SEGMENT_ELEMENTS)
-            ]
-            segments = [[(weights[part], held[part], step)] for part in slices]
-        quantizer = self._quantizers.setdefault(tensors[0][0].device, Quantizer(tensors[0][0].device))
-        for parts in segments:
-            coded = [quantizer.encode(weights, held, alphabet, step) for weights, held, step in parts]
-            scales, symbols = (_join(arrays) for arrays in zip(*coded, strict=True))
-            mask, others = split_zeros(symbols.cpu().numpy(), alphabet.zero_symbol)
-            for array in (_unsigned(scales), mask, others):
-                writer.add_piece(compress_symbols(array))
+    def _fits_int8(self, snapshot: Snapshot, name: str) -> bool:
+        """Whether a tensor travels as 8-bit codes in a keyframe. Raises NonFiniteError for one that would."""
+        tensor = snapshot.tensors[name]
+        return (
+            self._config.keyframe == "int8"
+            and is_codable(snapshot, name)
+            and tensor.numel() > 0
+            and self._choose_wire_dtype(snapshot, name, 0.0) == torch.float16
+            and self._choose_wire_dtype(snapshot, name, largest_magnitude(name, tensor)) == torch.float16
+        )
 
     def _cast_for_keyframe(self, snapshot: Snapshot, name: str) -> tuple[Tensor, int]:
         """A tensor as it travels, in new memory, and its checksum. Raises NonFiniteError.
@@ -321,7 +314,7 @@ def encode_reference_keyframe(reference: Reference, sink: BinaryIO) -> EncodedFr
     """Write a reference as a keyframe, bit for bit."""
     writer = FrameWriter(sink)
     for name, tensor in reference.tensors.items():
-        _write_exact(writer, tensor)
+        write_exact(writer, tensor)
         writer.end_tensor(name, reference.dtypes[name], tensor.dtype, tensor.shape, EXACT)
     writer.finish(reference.step, None, reference.checksum, reference.aliases)
     return _describe(writer, reference, None, "reference+blosc2")
@@ -337,18 +330,6 @@ def is_codable(snapshot: Snapshot, name: str) -> bool:
         and not is_small
         and name not in snapshot.buffers
     )
-
-
-def largest_magnitude(name: str, tensor: Tensor) -> float:
-    """The largest absolute value (0 for integers and empty tensors). Raises NonFiniteError if it is not finite."""
-    return check_finite(name, find_largest(tensor))
-
-
-def check_finite(name: str, largest: float) -> float:
-    """A tensor's largest magnitude itself. Raises NonFiniteError if it is not finite."""
-    if not math.isfinite(largest):
-        raise NonFiniteError(f"the tensor {name!r} holds NaN or infinite values")
-    return largest
 
 
 def _wait_for(snapshot: Snapshot) -> None:
@@ -371,42 +352,3 @@ def _describe(writer: FrameWriter, reference: Reference, base_step: int | None, 
     return EncodedFrame(
         writer.num_bytes, reference.step, base_step, codec, reference.schema_hash, reference.num_fp16_bytes
     )
-
-
-def _write_exact(writer: FrameWriter, wire: Tensor) -> None:
-    raw = raw_bytes(wire)
-    for start in range(0, len(raw), MAX_RAW_BYTES):
-        piece = raw[start : start + MAX_RAW_BYTES].cpu().numpy()
-        writer.add_piece(compress_raw(piece, wire.dtype.itemsize))
-
-
-def _write_int8(writer: FrameWriter, tensor: Tensor, wire: Tensor) -> None:
-    weights, decoded = tensor.view(-1), wire.view(-1)
-    for start in range(0, len(weights), SEGMENT_ELEMENTS):
-        segment = slice(start, start + SEGMENT_ELEMENTS)
-        codes, scales = encode_int8(weights[segment])
-        decode_int8(codes, scales, decoded[segment])
-        writer.add_piece(compress_symbols(_unsigned(scales)))
-        writer.add_piece(compress_raw(codes.cpu().numpy().view(np.uint8), 1))
-
-
-def _write_lossless(writer: FrameWriter, tensor: Tensor, reference: Tensor) -> None:
-    weights, held = tensor.view(-1), reference.view(-1)
-    for start in range(0, len(weights), SEGMENT_ELEMENTS):
-        segment = slice(start, start + SEGMENT_ELEMENTS)
-        target = weights[segment].to(held.dtype)
-        writer.add_piece(compress_symbols(_unsigned(encode_lossless(target, held[segment]))))
-        held[segment] = target
-
-
-def _join(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors as one flat tensor, where the first one is; a single one is not copied."""
-    flat = [tensor.view(-1).to(tensors[0].device) for tensor in tensors]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
-
-
-def _unsigned(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.unsignedinteger[np._NBit]]]:
-    """The bits of a tensor of 2- or 4-byte elements, as unsigned integers."""
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.int16)
-    return tensor.cpu().numpy().view(np.uint16 if tensor.element_size() == 2 else np.uint32)

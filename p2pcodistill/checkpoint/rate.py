@@ -90,7 +90,10 @@ class RateControl:
         self._correction = 1.0
 
     def plan(self, samples: Sequence[Sample], num_other_bytes: int) -> Plan:
-        """What to code the sampled tensors with; `num_other_bytes` of the frame are not theirs."""
+        """What to code the sampled tensors with; about `num_other_bytes` of the frame are not theirs.
+
+        A budget or limit is kept to as far as the estimates go; of the other bytes nothing is learnt.
+        """
         pool = _Pool(samples)
         plans = []
         for alphabet in self._alphabets:
@@ -112,8 +115,10 @@ class RateControl:
         good = [plan for plan in plans if plan.num_bytes <= budget]
         if good:
             return min(good, key=_error)
-        # What travels exactly is over the budget by itself: at least the rest is not left behind for ever.
-        return min((plan for plan in plans if plan.left_share <= MAX_LEFT_SHARE), key=_cost)
+        # What travels exactly is over the budget by itself: at least the rest is not left behind for ever. Levels that do
+        # not reach what a few elements have moved by follow as fast as they can.
+        following = [plan for plan in plans if plan.left_share <= MAX_LEFT_SHARE]
+        return min(following, key=_cost) if following else min(plans, key=_error)
 
     def learn(self, plan: Plan, num_bytes: int) -> None:
         """The codes and scales of `plan` came to so many bytes."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from p2pcodistill.checkpoint.scan import MIX, checksum_tensor
-from p2pcodistill.checkpoint.snapshot import dtype_name, hash_schema, num_fp16_bytes
+from p2pcodistill.checkpoint.snapshot import Schema, dtype_name, hash_schema, num_fp16_bytes
 
 
 @dataclass(slots=True)
@@ -29,6 +29,12 @@ class Reference:
     dtypes: dict[str, torch.dtype]
     aliases: dict[str, str]
     checksum: int
+
+    @property
+    def schema(self) -> Schema:
+        """That of the origin's snapshot."""
+        specs = specs_of(self.tensors, self.dtypes)
+        return Schema({name: (dtype, shape) for name, dtype, shape in specs}, self.aliases)
 
     @property
     def schema_hash(self) -> bytes:

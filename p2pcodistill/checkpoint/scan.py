@@ -6,6 +6,7 @@ processor's second-level cache, all that is to be done to a chunk at once; sums 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from p2pcodistill.errors import NonFiniteError
+
 MIX = 0x9E3779B97F4A7C15
 _ROW_WORDS = 128
-_ROW_BYTES = 8 * _ROW_WORDS
+_WORD_BYTES = 8
+_ROW_BYTES = _WORD_BYTES * _ROW_WORDS
 _CHUNK_BYTES = 1 << 19  # beside it, in the cache: what it was cast from, and the words of a checksum
 _DEVICE_CHUNK_BYTES = 1 << 25  # on an accelerator it is the number of calls that counts
 _HUGE_BYTES = 1 << 22
+_ODD_WORDS = np.arange(1, 2 * _ROW_WORDS, 2)
 _INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -34,7 +39,17 @@ class Scan:
 
 
 def scan_tensor(tensor: Tensor, source: Tensor | None = None) -> Scan:
-    """Scan a contiguous tensor, after `source`, if any, was copied into it (and cast to its dtype)."""
+    """Scan a contiguous tensor, after `source`, if any, was copied into it (and cast to its dtype).
+
+    A tensor that is copied into must be in memory of its own.
+    """
+    if not tensor.numel():
+        return Scan(0.0, 0)
+    assert source is None or tensor.data_ptr() % _WORD_BYTES == 0, "what is summed up must be what is filled"
+    if _is_tiny(tensor):
+        if source is not None:
+            tensor.copy_(source)
+        return Scan(find_largest(tensor), _checksum_row(tensor))
     copied = None if source is None else source.view(-1)
     flat, magnitude, checksum = tensor.view(-1), _Magnitude(tensor), _Checksum(tensor)
     for index, chunk in enumerate(_chunks(tensor)):
@@ -53,8 +68,24 @@ def find_largest(tensor: Tensor) -> float:
     return magnitude.largest
 
 
+def largest_magnitude(name: str, tensor: Tensor) -> float:
+    """The largest absolute value (0 for integers and empty tensors). Raises NonFiniteError if it is not finite."""
+    return check_finite(name, find_largest(tensor))
+
+
+def check_finite(name: str, largest: float) -> float:
+    """A tensor's largest magnitude itself. Raises NonFiniteError if it is not finite."""
+    if not math.isfinite(largest):
+        raise NonFiniteError(f"the tensor {name!r} holds NaN or infinite values")
+    return largest
+
+
 def checksum_tensor(tensor: Tensor) -> int:
     """`Scan.checksum` alone."""
+    if not tensor.numel():
+        return 0
+    if _is_tiny(tensor):
+        return _checksum_row(tensor)
     checksum = _Checksum(tensor)
     for index, _ in enumerate(_chunks(tensor)):
         checksum.add(index)
@@ -91,7 +122,7 @@ class _Magnitude:
         flat = tensor.view(-1)
         self._values = torch.view_as_real(flat) if flat.is_complex() else flat
         self._is_float = self._values.is_floating_point()
-        self._largest = torch.zeros((), device=tensor.device)
+        self._largest: Tensor | None = None
         self._signed: NDArray[Any] | None = None
         if self._is_float and flat.device.type == "cpu" and self._values.element_size() in _INTS:
             self._signed = self._values.view(_INTS[self._values.element_size()]).numpy()
@@ -108,13 +139,14 @@ class _Magnitude:
         elif self._is_float:
             part = self._values[chunk]
             largest = (part.float() if part.element_size() == 1 else part).abs().max()
-            self._largest = torch.maximum(self._largest, largest)  # of NaN and anything, NaN
+            # Of NaN and anything, NaN.
+            self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
 
     @property
     def largest(self) -> float:
         """Of all chunks so far."""
         if self._signed is None:
-            return float(self._largest)
+            return 0.0 if self._largest is None else float(self._largest)
         bits = torch.tensor(self._largest_bits, dtype=_INTS[self._values.element_size()])
         return float(bits.view(self._values.dtype))
 
@@ -127,7 +159,7 @@ class _Checksum:
         num_whole = len(raw) // _ROW_BYTES
         chunk_rows = _chunk_bytes(tensor) // _ROW_BYTES
         whole, self._rest = raw[: num_whole * _ROW_BYTES], raw[num_whole * _ROW_BYTES :]
-        if whole.data_ptr() % 8:  # a view into something larger
+        if whole.data_ptr() % _WORD_BYTES:  # a view into something larger
             whole = whole.clone()
         self._words = torch.split(whole.view(torch.int64).view(-1, _ROW_WORDS), chunk_rows)
         self._mixed = torch.empty_like(self._words[0])
@@ -161,6 +193,19 @@ class _Checksum:
             torch.bitwise_right_shift(words, 32, out=mixed).add_(words)
         torch.sum(mixed, 1, out=rows)
         self._columns += mixed.sum(0)
+
+
+def _is_tiny(tensor: Tensor) -> bool:
+    """Whether a tensor is at most a row of its checksum: a frame may hold tens of thousands of those."""
+    return tensor.nbytes <= _ROW_BYTES and tensor.device.type == "cpu"
+
+
+def _checksum_row(tensor: Tensor) -> int:
+    """The checksum of a tiny tensor, without the buffers that chunks need."""
+    words = np.zeros(_ROW_WORDS, np.int64)
+    words.view(np.uint8)[: tensor.nbytes] = tensor.view(-1).view(torch.uint8).numpy()
+    words += words >> 32
+    return (int(words.sum()) + MIX * int((words * _ODD_WORDS).sum())) % 2**64
 
 
 def _odd_numbers(like: Tensor) -> Tensor:

@@ -17,10 +17,32 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from p2pcodistill.errors import SchemaMismatchError
+
 _SCHEMA_DOMAIN = b"p2pcodistill schema 1\0"
 
 TensorSpec: TypeAlias = tuple[str, str, tuple[int, ...]]
 """A tensor's name, dtype (as in `dtype_name`) and shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """What two models must have in common for the one's weights to be the other's."""
+
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    """The dtype (as in `dtype_name`) and the shape of each tensor, by its name."""
+    aliases: Mapping[str, str]
+    """As in `Snapshot`."""
+
+    def check(self, theirs: Schema) -> None:
+        """Raise SchemaMismatchError, naming the first tensor that differs, unless `theirs` is the same."""
+        if theirs == self:
+            return
+        for name in sorted(theirs.tensors.keys() | self.tensors.keys()):
+            there, here = (_describe_shape(schema.tensors.get(name)) for schema in (theirs, self))
+            if there != here:
+                raise SchemaMismatchError(f"the tensor {name!r} is {there} there and {here} here")
+        raise SchemaMismatchError("dtypes or ties of the tensors differ from this site's model")
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,33 @@ def take_snapshot(model: nn.Module, step: int, *, on_device: bool = False) -> Sn
     `on_device`: they may still be under way then on the current stream. Later updates do not alter the snapshot. Raises
     TypeError when its state holds anything but tensors (`get_extra_state`): that could only travel as a pickle.
     """
+    state = _read_state(model)
+    tensors = {
+        name: tensor.to(
+            tensor.device if on_device else "cpu", copy=True, memory_format=torch.contiguous_format
+        )
+        for name, tensor in state.tensors.items()
+    }
+    return Snapshot(step, tensors, state.aliases, state.buffers)
+
+
+def schema_of(model: nn.Module) -> Schema:
+    """That of `model`'s snapshots, without taking one. Raises TypeError like `take_snapshot`."""
+    state = _read_state(model)
+    specs = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in state.tensors.items()}
+    return Schema(specs, state.aliases)
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """The model's own tensors, once each, and what a snapshot says beside them."""
+
+    tensors: dict[str, Tensor]
+    aliases: dict[str, str]
+    buffers: frozenset[str]
+
+
+def _read_state(model: nn.Module) -> _State:
     parameters = {_identity(parameter) for parameter in model.parameters()}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -72,10 +121,12 @@ def take_snapshot(model: nn.Module, step: int, *, on_device: bool = False) -> Sn
         first_name[identity] = name
         if identity not in parameters:
             buffers.add(name)
-        tensors[name] = value.detach().to(
-            value.device if on_device else "cpu", copy=True, memory_format=torch.contiguous_format
-        )
-    return Snapshot(step, tensors, aliases, frozenset(buffers))
+        tensors[name] = value.detach()
+    return _State(tensors, aliases, frozenset(buffers))
+
+
+def _describe_shape(spec: tuple[str, tuple[int, ...]] | None) -> str:
+    return "missing" if spec is None else str(spec[1])
 
 
 def schema_hash(tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> bytes:

@@ -58,6 +58,7 @@ from p2pcodistill.identity import SIGNATURE_BYTES, PublicIdentity
 DEFAULT_MAX_STORE_BYTES = MAX_FRAME_BYTES
 _MAX_MANIFEST_FILE_BYTES = MAX_MANIFEST_BYTES + SIGNATURE_BYTES + 16
 _SITE_FORMAT_VERSION = 1
+_STAMP_AGE_NS = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,8 @@ class FrameStore:
         self._lock = threading.Lock()
         self._complete: dict[str, StoredFrame] = {}
         self._partials: dict[str, _Partial] = {}
+        # By frame that was hashed in this life: when its file was changed last, as this store has stamped it.
+        self._stamps_ns: dict[str, int] = {}
         self._leftovers: dict[
             str, SignedManifest
         ] = {}  # partial frames of an earlier life, not begun in this one
@@ -255,7 +258,8 @@ class FrameStore:
     def read_chunk(self, frame_id: str, index: int) -> bytes | None:
         """One chunk, verified by hash, of a complete frame or of one that was begun; None when it is not there.
 
-        A frame that turns out to be damaged is dropped, and counts as gone.
+        Of a frame that came in this life, and was hashed then, it is read as it is while nobody has written to the file:
+        whoever receives it checks it again. A frame that turns out to be damaged is dropped, and counts as gone.
         """
         with self._lock:
             stored = self._complete.get(frame_id)
@@ -264,13 +268,17 @@ class FrameStore:
             if stored is None or not 0 <= index < stored.signed.manifest.num_chunks:
                 return None
             offset, length = stored.signed.manifest.chunk_range(index)
+            is_untouched = False
             try:
                 with stored.path.open("rb", buffering=0) as file:
                     data = os.pread(file.fileno(), length, offset)
+                    is_untouched = os.fstat(file.fileno()).st_mtime_ns == self._stamps_ns.get(frame_id)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.EIO):
                     raise
                 data = b""
+            if is_untouched and len(data) == length:
+                return data
             if digest_chunk(data) != stored.signed.manifest.chunk_digests[index]:
                 self._unlink(frame_id)
                 del self._complete[frame_id]
@@ -416,7 +424,11 @@ class FrameStore:
         self, frame_id: str, signed: SignedManifest, staged: Path, *, is_local: bool = False
     ) -> StoredFrame:
         stored = StoredFrame(signed, self._frame_path(frame_id), is_local)
+        # Before now, or a write within the same tick of the file system's clock would not show.
+        stamp_ns = staged.stat().st_mtime_ns - _STAMP_AGE_NS
+        os.utime(staged, ns=(stamp_ns, stamp_ns))
         staged.replace(stored.path)
+        self._stamps_ns[frame_id] = stored.path.stat().st_mtime_ns
         self._complete[frame_id] = stored
         self._close_partial(frame_id)
         self._leftovers.pop(frame_id, None)
@@ -424,6 +436,7 @@ class FrameStore:
         return stored
 
     def _unlink(self, frame_id: str) -> None:
+        self._stamps_ns.pop(frame_id, None)
         for path in (self._frame_path(frame_id), self._part_path(frame_id), self._manifest_path(frame_id)):
             path.unlink(missing_ok=True)
 

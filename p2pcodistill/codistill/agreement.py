@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from p2pcodistill.checkpoint.chain import MAX_CHAIN_FRAMES
+from p2pcodistill.checkpoint.manifest import Version
 from p2pcodistill.codistill.exchange import ChainFile, Inbox, Offer
 
 # An offer's folder may be as long as Linux allows; a frame's file name and version need less than this.
@@ -50,8 +51,8 @@ class Ages(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What every rank knows after a round: rank 0's inbox and the teachers' ages when it began, the lowest vote for each
-    teacher, and the sum of the tallies (int64, a row for each teacher)."""
+    """What every rank knows after a round: rank 0's inbox (but for `known_ages_s`) and the teachers' ages when it began, the
+    lowest vote for each teacher, and the sum of the tallies (int64, a row for each teacher)."""
 
     inbox: Inbox
     ages: Mapping[str, Ages]
@@ -135,7 +136,7 @@ class Agreement:
             },
             stop_requested,
             {
-                teacher: (version[0], version[1])
+                teacher: Version(*version)
                 for teacher, version in zip(self._teachers, announced, strict=True)
                 if version is not None
             },

@@ -14,27 +14,24 @@ limits on staleness and age (`freshness`) and are not gated off (`gate`).
 
 from __future__ import annotations
 
-import concurrent.futures
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from p2pcodistill.checkpoint.reference import Reference
+from p2pcodistill.checkpoint.manifest import Version
 from p2pcodistill.checkpoint.snapshot import take_snapshot
 from p2pcodistill.codistill.agreement import Ages, Agreement, Decision, Vote
 from p2pcodistill.codistill.averaging import WeightAverage
-from p2pcodistill.codistill.exchange import Exchange, Inbox, Offer
+from p2pcodistill.codistill.candidates import Candidate, Candidates
+from p2pcodistill.codistill.exchange import Exchange, Inbox
 from p2pcodistill.codistill.freshness import (
     AgeClock,
     Freshness,
     Limits,
-    Version,
     staleness_steps,
     weigh_by_age,
 )
@@ -58,15 +55,6 @@ from p2pcodistill.telemetry import (
     TeacherRefused,
     TeacherSwapped,
 )
-
-
-@dataclass(slots=True)
-class _Candidate:
-    """A checkpoint on its way to become a teacher; every rank has the same ones."""
-
-    offer: Offer
-    reference: Future[Reference]
-    refusal: Exception | None = None
 
 
 class Codistiller:
@@ -124,9 +112,7 @@ class Codistiller:
         if self._publishes and config.teacher_average_decay > 0:
             self._average = WeightAverage(self._model, config.teacher_average_decay)
         self._agreement = Agreement(names, process_group, num_columns=NUM_COLUMNS)
-        self._candidates: dict[str, _Candidate] = {}
-        # Per teacher, the newest version that was swapped in or refused: only newer ones are taken up.
-        self._settled: dict[str, Version] = {}
+        self._candidates = Candidates(self._bank.check)
         self._num_steps = 0
         self._published_step: int | None = None
         self._stop_requested = False
@@ -146,7 +132,7 @@ class Codistiller:
         return self._stop_requested
 
     @property
-    def teacher_versions(self) -> dict[str, tuple[int, int]]:
+    def teacher_versions(self) -> dict[str, Version]:
         """(incarnation, step) of each teacher whose checkpoint is here; the same on every rank."""
         return self._bank.versions
 
@@ -254,7 +240,7 @@ class Codistiller:
         self._conclude_round()
         self._begin_round()
         self._conclude_round()
-        concurrent.futures.wait([candidate.reference for candidate in self._candidates.values()])
+        self._candidates.wait()
         self._begin_round()
         self._conclude_round()
 
@@ -317,49 +303,29 @@ class Codistiller:
     def _begin_round(self) -> None:
         assert self._exchange is not None
         inbox = self._exchange.inbox() if self._is_lead else Inbox()
-        self._ages.hear(inbox.newest)
+        self._ages.hear(inbox.newest, inbox.known_ages_s)
         names = self._bank.teachers
         self._agreement.propose(
             inbox,
             {name: self._ages_of(name) for name in names},
-            {name: self._vote(name) for name in names},
+            {name: self._candidates.vote(name) for name in names},
             self._gate.take_tally(),
         )
 
     def _ages_of(self, name: str) -> Ages:
-        candidate = self._candidates.get(name)
         return Ages(
             self._ages.age_s(name, self._bank.versions.get(name)),
-            self._ages.age_s(name, candidate.offer.version if candidate else None),
+            self._ages.age_s(name, self._candidates.version(name)),
         )
-
-    def _vote(self, name: str) -> Vote:
-        candidate = self._candidates.get(name)
-        if candidate is None or not candidate.reference.done():
-            return Vote.WAIT
-        try:
-            self._bank.check(candidate.reference.result())
-        except FileNotFoundError:
-            return Vote.GONE
-        except Exception as error:  # whatever a checkpoint from outside provokes, training goes on
-            candidate.refusal = error
-            return Vote.REFUSE
-        return Vote.READY
 
     def _conclude_round(self) -> None:
         decision = self._agreement.conclude()
         if decision is None or self._exchange is None:
             return
         self._judge(decision)
-        for name, vote in decision.votes.items():
-            if vote is not Vote.WAIT:
-                candidate = self._candidates.pop(name)
-                if vote is not Vote.GONE:  # else what has taken its place may be the same version
-                    self._settled[name] = candidate.offer.version
-                self._settle(candidate, vote)
-        for name, offer in decision.inbox.offers.items():
-            if name not in self._candidates and offer.version > self._settled.get(name, (-1, -1)):
-                self._candidates[name] = _Candidate(offer, self._exchange.prepare(offer))
+        for candidate, vote in self._candidates.conclude(decision.votes):
+            self._settle(candidate, vote)
+        self._candidates.take_up(decision.inbox.offers, self._exchange)
         self._apply_limits(decision)
         self._stop_requested = self._stop_requested or decision.inbox.stop_requested
 
@@ -367,7 +333,7 @@ class Codistiller:
         """Gate and readmit teachers, by how their versions in use did until the round began."""
         for verdict in self._gate.judge(decision.tally):
             name, losses = verdict.teacher, (verdict.loss, verdict.student_loss)
-            version = self._bank.versions.get(name, (0, 0))
+            version = self._bank.versions.get(name, Version(0, 0))
             if verdict.is_gated:
                 self.report(TeacherGated(self._num_steps, name, *version, *losses, verdict.why))
             else:
@@ -386,7 +352,7 @@ class Codistiller:
             if why is not None:
                 self.report(TeacherExpired(self._num_steps, name, *version, stale, age_s, why))
 
-    def _settle(self, candidate: _Candidate, vote: Vote) -> None:
+    def _settle(self, candidate: Candidate, vote: Vote) -> None:
         offer = candidate.offer
         event: Event
         if vote is Vote.READY:

@@ -46,26 +46,28 @@ class Offer:
     frames: tuple[ChainFile, ...]
 
     @property
-    def version(self) -> tuple[int, int]:
+    def version(self) -> Version:
         """Orders the offers of one teacher: the larger one is newer."""
-        return self.incarnation, self.step
+        return Version(self.incarnation, self.step)
 
 
 @dataclass(frozen=True, slots=True)
 class Inbox:
     """What has arrived: the newest offer of each teacher, and whether training is to stop early.
 
-    `announced` is the newest version, (incarnation, step), that each teacher is known to have, where that is not the one on
-    offer: it may still be on its way. `revoked` are the teachers that are no longer trusted.
+    `announced` is the newest version that each teacher is known to have, where that is not the one on offer: it may still be
+    on its way. `known_ages_s` tells how many seconds ago versions were announced, as far as that was before this launch.
+    `revoked` are the teachers that are no longer trusted.
     """
 
     offers: Mapping[str, Offer] = field(default_factory=dict)
     stop_requested: bool = False
-    announced: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    announced: Mapping[str, Version] = field(default_factory=dict)
     revoked: frozenset[str] = frozenset()
+    known_ages_s: Mapping[str, Mapping[Version, float]] = field(default_factory=dict)
 
     @property
-    def newest(self) -> dict[str, tuple[int, int]]:
+    def newest(self) -> dict[str, Version]:
         """The newest version known of each teacher."""
         offered = {teacher: offer.version for teacher, offer in self.offers.items()}
         return offered | {

@@ -10,22 +10,22 @@ Of the version of a teacher that is in use here,
 
 Neither is the lag (the student's step minus the teacher's): a slow site is no sinner.
 
-Ages are counted by rank 0 on its own monotonic clock, and nobody's wall clock is asked: from the round of agreement in which
-rank 0 first knew of that version or of a newer one. They are kept in training checkpoints and go on from there, so that no
-restart makes a teacher young; the time between two launches does not count, for nobody could have heard of anything
-newer. All ranks are told the ages of one and the same moment, and so decide alike.
+Ages are counted on the site's own monotonic clocks, and nobody's wall clock is asked: by rank 0, from the round of agreement
+in which it first knew of that version or of a newer one, and by the node, which outlives the ranks and tells a new launch
+what it has heard; the larger age counts. Rank 0's are kept in training checkpoints and go on from there, so that no restart
+makes a teacher young; the time in which the node is down does not count, for nobody could hear of anything newer. All ranks
+are told the ages of one and the same moment, and so decide alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from types import MappingProxyType
+from typing import Any
 
+from p2pcodistill.checkpoint.manifest import Version
 from p2pcodistill.config import CodistillationConfig
-
-Version: TypeAlias = tuple[int, int]
-"""(incarnation, step)."""
 
 MAX_HEARD_VERSIONS = 256
 
@@ -40,7 +40,7 @@ class Freshness:
 
 def staleness_steps(newest: Version, in_use: Version) -> int:
     """Steps from the version in use to the newest one announced; never negative."""
-    return max(0, newest[1] - in_use[1])
+    return max(0, newest.step - in_use.step)
 
 
 def find_excess(config: CodistillationConfig, freshness: Freshness) -> str | None:
@@ -100,33 +100,58 @@ class Limits:
         return why if is_news else None
 
 
-class AgeClock:
-    """Rank 0's memory of when it heard of which version. `clock` is monotonic, in seconds."""
+_NOTHING: Mapping[str, Mapping[Version, float]] = MappingProxyType({})
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+
+class AgeClock:
+    """A memory of when which version was heard of. `clock` is monotonic, in seconds.
+
+    Of each teacher, at most `max_versions` are remembered.
+    """
+
+    def __init__(self, clock: Callable[[], float], *, max_versions: int = MAX_HEARD_VERSIONS) -> None:
         self._clock = clock
-        # Per teacher, versions in their order, each with the time at which it was the newest one known. A version that
-        # was overtaken between two looks counts as known since the later one.
+        self._max_versions = max_versions
+        # Per teacher, versions in their order, each with the time since when it is known. A version that was overtaken
+        # between two looks counts as known since the later one.
         self._heard: dict[str, list[tuple[Version, float]]] = {}
 
-    def hear(self, newest: Mapping[str, Version]) -> None:
-        """The newest version of each teacher that is known now."""
+    def hear(
+        self, newest: Mapping[str, Version], known_ages_s: Mapping[str, Mapping[Version, float]] = _NOTHING
+    ) -> None:
+        """The newest version of each teacher that is known now; and what someone else, who counts too, says of ages."""
         now_s = self._clock()
         for teacher, version in newest.items():
             heard = self._heard.setdefault(teacher, [])
             if not heard or version > heard[-1][0]:
                 heard.append((version, now_s))
-            if (
-                len(heard) > MAX_HEARD_VERSIONS
-            ):  # the first one is in use, and the last one the newest: thin out between
-                del heard[1:-1:2]
+                self._thin_out(heard)
+        for teacher, ages_s in known_ages_s.items():
+            self._merge(teacher, {version: now_s - age_s for version, age_s in ages_s.items()})
+
+    def _merge(self, teacher: str, times_s: Mapping[Version, float]) -> None:
+        known_s = dict(self._heard.get(teacher, ()))
+        for version, time_s in times_s.items():
+            known_s[version] = min(time_s, known_s.get(version, time_s))
+        self._heard[teacher] = sorted(known_s.items())
+        self._thin_out(self._heard[teacher])
+
+    def _thin_out(self, heard: list[tuple[Version, float]]) -> None:
+        while len(heard) > self._max_versions:  # the first one is in use, and the last one the newest
+            del heard[1:-1:2]
 
     def age_s(self, teacher: str, version: Version | None) -> float:
         """Seconds since that version was announced; 0 for one that nothing is known of."""
         if version is None:
             return 0.0
-        known_s = next((time_s for heard, time_s in self._heard.get(teacher, ()) if heard >= version), None)
-        return 0.0 if known_s is None else self._clock() - known_s
+        # Whoever knew of a newer one could have known of this one.
+        times_s = [time_s for heard, time_s in self._heard.get(teacher, ()) if heard >= version]
+        return self._clock() - min(times_s) if times_s else 0.0
+
+    def ages_s(self, teacher: str) -> dict[Version, float]:
+        """All that is remembered of a teacher, oldest version first."""
+        now_s = self._clock()
+        return {version: now_s - time_s for version, time_s in self._heard.get(teacher, ())}
 
     def forget(self, teacher: str, before: Version) -> None:
         """Versions before this one will not be asked for any more."""
@@ -136,16 +161,15 @@ class AgeClock:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data: per teacher, (incarnation, step, age in seconds) of what was heard."""
-        now_s = self._clock()
         return {
-            teacher: [[*version, now_s - time_s] for version, time_s in heard]
-            for teacher, heard in self._heard.items()
+            teacher: [[*version, age_s] for version, age_s in self.ages_s(teacher).items()]
+            for teacher in self._heard
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`, with the ages that were then."""
         now_s = self._clock()
         self._heard = {
-            teacher: [((incarnation, step), now_s - age_s) for incarnation, step, age_s in heard]
+            teacher: [(Version(incarnation, step), now_s - age_s) for incarnation, step, age_s in heard]
             for teacher, heard in state.items()
         }

@@ -43,12 +43,12 @@ PROBE_INTERVAL_ROUNDS = 8
 MAX_LOGIT = 1e12
 """A position whose largest logit is beyond this counts as not finite: what a small temperature makes of it might not be."""
 MAX_DISTANCE = 1e12
-"""So does a batch of numbers at a larger distance from the student's (the norm of the difference): its square might not be."""
+"""So does a batch of numbers that are farther from the student's (by the norm): the square of that might not be."""
 _MAX_LOSS = 1e6
 _UNITS = 1 << 20
 """Sums travel in whole units, so that they are the same in whatever order the ranks' are added."""
-# What is counted of a version of a teacher: steps in which it ran; in which it was not finite; in which losses were measured;
-# the predictions in these; the sums of its losses, and of the student's, in these.
+# What is counted of a version of a teacher: steps in which it ran; in which it was not finite; in which losses were
+# measured; the predictions in these; the sums of its losses, and of the student's, in these.
 _NUM_COUNTS = 6
 # Of each teacher: of the version in use, and of those before it that were never judged.
 NUM_COLUMNS = 2 * _NUM_COUNTS
@@ -172,7 +172,8 @@ class Gate:
         NaN fails either comparison.
         """
         if self._compares_numbers:
-            return torch.linalg.vector_norm(logits.float() - student_logits.detach().float()) <= MAX_DISTANCE
+            distance: Tensor = torch.linalg.vector_norm(logits.float() - student_logits.detach().float())
+            return distance <= MAX_DISTANCE
         return (logits.amax(-1).abs() <= MAX_LOGIT).all()
 
     def _watch(
@@ -298,8 +299,8 @@ class _Tally:
     def __init__(self, num_teachers: int, device: torch.device) -> None:
         shape = (num_teachers, NUM_COLUMNS)
         self._sums = torch.zeros(shape, device=device)
-        # On their way from a GPU: the copy, the event that tells of its arrival, and what of it no longer counts, or tells of
-        # an earlier version by now.
+        # On their way from a GPU: the copy, the event that tells of its arrival, and the rows of it that no longer count, or
+        # are of an earlier version by now.
         self._arriving = torch.zeros(shape, pin_memory=True) if device.type == "cuda" else None
         self._arrival: torch.cuda.Event | None = None
         self._cleared: set[int] = set()

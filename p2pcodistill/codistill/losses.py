@@ -102,7 +102,7 @@ def _cross_entropy(
     """
     with torch.no_grad():
         # Masked classes may be at minus infinity, of which a probability, or a weight, of 0 would make NaN.
-        for logits_C in (student_C, *teachers_NC):
+        for logits_C in (student_C, *(teachers_NC if aggregation == "mean-logits" else ())):
             logits_C.clamp_min_(_LOWEST_LOGIT)
     if aggregation == "mean-logits":
         teachers_NC, weights_N = [_weighted_sum(teachers_NC, weights_N)], [1.0]

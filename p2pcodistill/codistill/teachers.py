@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
+from p2pcodistill.checkpoint.manifest import Version
 from p2pcodistill.checkpoint.reference import Reference
 from p2pcodistill.checkpoint.snapshot import take_snapshot
 from p2pcodistill.codistill.precision import PackedTensor, Precision, pack_weights
@@ -63,11 +64,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @dataclass(slots=True)
 class Teacher:
-    """One slot of the bank. `version` is (incarnation, step), None while nothing was loaded."""
+    """One slot of the bank. `version` is None while nothing was loaded."""
 
     module: nn.Module
     packed: Mapping[str, PackedTensor] = field(repr=False)
-    version: tuple[int, int] | None = None
+    version: Version | None = None
     state: State = field(default=None, repr=False)
 
 
@@ -102,7 +103,7 @@ class TeacherBank:
         return self._device
 
     @property
-    def versions(self) -> dict[str, tuple[int, int]]:
+    def versions(self) -> dict[str, Version]:
         """The version of each teacher that has a checkpoint."""
         return {
             name: teacher.version for name, teacher in self.teachers.items() if teacher.version is not None
@@ -126,7 +127,7 @@ class TeacherBank:
                 )
         raise SchemaMismatchError("dtypes or ties of the tensors differ from this site's model")
 
-    def load(self, name: str, reference: Reference, version: tuple[int, int]) -> None:
+    def load(self, name: str, reference: Reference, version: Version) -> None:
         """Make a checked reference the weights of the teacher `name`, in its own precision; its carried state stays.
 
         Everything has been copied when this returns: the reference may then move on.

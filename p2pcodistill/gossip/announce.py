@@ -99,11 +99,9 @@ class Announcements:
         """The newest version known of `origin`."""
         return self._newest.get(origin)
 
-    def add(self, origin: str, public: PublicIdentity, known: Version | None) -> None:
-        """Frames of `origin` are accepted from now on; `known` is a version of it that somebody knows."""
+    def add(self, origin: str, public: PublicIdentity) -> None:
+        """Frames of `origin` are accepted from now on."""
         self._teachers[origin] = public
-        if known is not None and origin not in self._newest:
-            self._newest[origin] = known
 
     def remove(self, origin: str, *, forgetting: bool = True) -> None:
         """Frames of `origin` are not accepted any more; what is known of it is forgotten, unless it may come back."""

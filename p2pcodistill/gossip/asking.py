@@ -1,8 +1,8 @@
 """Whom to ask for which chunks of a frame.
 
-Each chunk is asked of one of those who hold it. Others are asked before the origin, which would else have to send every frame
-to every student: of a frame that peers are fetching, too, the origin is asked for a share, and for what nobody else holds; it
-lends a hand where the others are busy. Who let a request stall, or is suspect, is asked last.
+Each chunk is asked of one of those who hold it. Others are asked before the origin, which would else have to send every
+frame to every student: of a frame that peers are fetching, too, the origin is asked for a share, and for what nobody else
+holds; it lends a hand where the others are busy. Who let a request stall, or is suspect, is asked for what nobody else has.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from p2pcodistill.gossip.events import Action, SendPayload, send
 from p2pcodistill.gossip.messages import MAX_WANT_INDICES, Want
 from p2pcodistill.gossip.window import Window
 
+FASTER_FACTOR = 4.0
+"""An origin whose link delivers so many times as much as those of all others does not wait for what they could send."""
+
 
 class Asking:
     """What is asked of the ready peers, as far as their windows allow."""
@@ -24,27 +27,39 @@ class Asking:
         suspects: Collection[str],
         share_of: Callable[[str], tuple[int, int]],
     ) -> None:
-        """`windows` are those of the ready peers, of which `suspects` may be gone; both change outside. `share_of` is that of
-        `Transfers`."""
+        """`windows` are those of the ready peers, of which `suspects` may be gone; both change outside. `share_of` is that
+        of `Transfers`."""
         self._windows, self._suspects, self._share_of = windows, suspects, share_of
 
     def feed(self, download: Download, is_low: dict[str, bool], now_s: float) -> list[Action]:
         """Ask for what a download wants, as far as credit goes. `is_low` notes of which windows more is asked now."""
         actions: list[Action] = []
         origin = download.origin
-        claimed = 0  # what others than the origin hold and send
-        late: list[tuple[str, Source]] = []
-        for peer, source in self._by_liveliness(download.offer):
-            if source.is_slow or peer in self._suspects:
-                late.append((peer, source))
-            elif peer != origin:
-                claimed |= download.all_chunks if source.held is None else source.held
+        sources = self._by_liveliness(download.offer)
+        late = [
+            (peer, source)
+            for peer, source in sources
+            if self._windows[peer].is_slow(now_s) or peer in self._suspects
+        ]
+        lively = [item for item in sources if item not in late]
+        of_lively = claimed = 0  # what they hold, and what of that others than the origin hold
+        for peer, source in lively:
+            held = download.all_chunks if source.held is None else source.held
+            of_lively |= held
+            claimed |= 0 if peer == origin else held
+        if of_lively == download.all_chunks:
+            for peer, _ in late:
+                if self._windows[peer].is_slow(now_s):  # nobody waits for it any more
+                    for _, index in self._windows[peer].void(download.frame_id):
+                        download.want_again(index, peer)
+        for peer, source in lively:
+            if peer != origin:
                 actions += self._ask(peer, source, download, is_low, now_s)
-        at_origin = download.offer.sources.get(origin)
-        if download.wanted and at_origin is not None and not any(peer == origin for peer, _ in late):
+        at_origin = next((source for peer, source in lively if peer == origin), None)
+        if download.wanted and at_origin is not None:
             actions += self._ask_origin(at_origin, download, claimed, is_low, now_s)
         for peer, source in late:
-            actions += self._ask(peer, source, download, is_low, now_s)
+            actions += self._ask(peer, source, download, is_low, now_s, of=download.wanted & ~of_lively)
         return actions
 
     def _by_liveliness(self, offer: Offer) -> list[tuple[str, Source]]:
@@ -56,8 +71,6 @@ class Asking:
         self, source: Source, download: Download, claimed: int, is_low: dict[str, bool], now_s: float
     ) -> list[Action]:
         origin = download.origin
-        if origin not in self._windows or not source.is_usable:
-            return []
         num_sharing = self._share_of(origin)[1]
         exclusive = download.wanted & ~claimed
         if num_sharing == 1 and not claimed:
@@ -70,10 +83,27 @@ class Asking:
             num_due = num_share + num_of_others - download.num_of_origin - num_asked
             max_chunks = max(num_due, max(1, num_share // 4) - num_asked)
             return self._ask(origin, source, download, is_low, now_s, of=exclusive, max_chunks=max_chunks)
+        num_chunks = self._faster_share(download)
+        if num_chunks:
+            return self._ask(
+                origin, source, download, is_low, now_s, of=download.wanted, max_chunks=num_chunks
+            )
         if num_asked:
             return []
         last = 1 << download.last_of(download.wanted)
         return self._ask(origin, source, download, is_low, now_s, of=last)
+
+    def _faster_share(self, download: Download) -> int:
+        """How many of the chunks that are wanted of all the origin should send, because it is far faster than the others."""
+        rates = {
+            peer: self._windows[peer].link.rate_bytes_s or 0.0
+            for peer, _ in self._by_liveliness(download.offer)
+        }
+        of_origin = rates.pop(download.origin)
+        of_others = sum(rates.values())
+        if not rates or of_origin <= FASTER_FACTOR * of_others:
+            return 0
+        return int(download.wanted.bit_count() * of_origin / (of_origin + of_others))
 
     def _ask(
         self,

@@ -23,8 +23,6 @@ class Source:
 
     held: int | None = None
     num_bad_chunks: int = 0
-    is_slow: bool = False
-    """Whether it let a request stall: others are asked first from then on."""
     is_stale: bool = False
     """Whether it fetched a part once, and has told of nothing more for long: nobody waits for it."""
 

@@ -150,7 +150,8 @@ class CatchUp:
 
 @dataclass(frozen=True, slots=True)
 class NoPath:
-    """The sender, who is not `origin`, knows no path for what the receiver asked: somebody else has to."""
+    """The sender knows no path for what the receiver asked: somebody else has to. If it is the `origin`, there is nothing
+    newer than what the receiver holds."""
 
     origin: str
 

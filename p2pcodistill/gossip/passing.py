@@ -19,6 +19,9 @@ from p2pcodistill.gossip.sharing import Sharing
 from p2pcodistill.gossip.transfer import Transfers
 from p2pcodistill.identity import PublicIdentity
 
+KEYFRAME_REST_VERSIONS = 8
+"""A teacher is asked for a keyframe for those who follow it here no more than once in so many new versions."""
+
 
 class Passing:
     """Frames of other origins: whom they are told to, whom they are fetched for, and who is asked for them."""
@@ -44,6 +47,9 @@ class Passing:
         self._relays = relays
         self._relay = Relay()
         self._once_relayed: dict[str, None] = {}
+        self._num_versions_to_rest: dict[
+            str, int
+        ] = {}  # of teachers that were asked for a keyframe for others
         self._orphans = Orphans(teachers, relay_after_s=relay_after_s)
 
     @property
@@ -81,6 +87,9 @@ class Passing:
     def tick(self, ready: Collection[str], now_s: float) -> list[Action]:
         """Time has passed."""
         actions = self._sharing.tick(self._transfers.downloads, now_s)
+        actions += [
+            send(relay, Unfollow(teacher)) for relay, teacher in self._orphans.take_silent(ready, now_s)
+        ]
         for peer, teacher in self._orphans.tick(ready, now_s):
             held = self._transfers.plan(teacher).held
             known = self._announcements.known_incarnation(teacher)
@@ -105,7 +114,7 @@ class Passing:
         if not is_taught:
             if not self._relay.relays(origin):
                 self._once_relayed[origin] = None
-                self._announcements.add(origin, self._members[origin], request.held)
+                self._announcements.add(origin, self._members[origin])
                 self._transfers.relay(origin, request.held)
                 actions.append(Report(telemetry.RelayStarted(origin, peer)))
             if self._relay.follow(origin, request.known_incarnation):
@@ -122,8 +131,9 @@ class Passing:
 
     def revoke(self, member: str) -> list[Action]:
         """Nothing of `member` is passed on, or asked of others, any more."""
-        self._orphans.open(member)
-        actions = [*self._turn_away(member), *self._transfers.drop(member)]
+        relay = self._orphans.open(member)
+        thanks = [send(relay, Unfollow(member))] if relay is not None and self._is_ready(relay) else []
+        actions = [*thanks, *self._turn_away(member), *self._transfers.drop(member)]
         if self._relay.relays(member):
             self._relay.drop(member)
             actions += self._stop(member)
@@ -135,7 +145,7 @@ class Passing:
         """`member` may teach again, if it is a teacher."""
         if member not in self._teachers:
             return []
-        self._announcements.add(member, self._members[member], None)
+        self._announcements.add(member, self._members[member])
         self._orphans.close(member, now_s, is_teacher=True)
         return [action for peer in ready for action in self._sharing.open(peer, [member])]
 
@@ -147,7 +157,13 @@ class Passing:
         """`peer` announced these frames of one origin, which were verified."""
         for signed in frames:
             self._sharing.hear(peer, signed, has_all=has_all)
-        return self._sharing.announce(frames[-1]) if is_new else []
+        if not is_new:
+            return []
+        origin = frames[-1].manifest.origin
+        self._orphans.hear(peer, origin)
+        if origin in self._num_versions_to_rest:
+            self._num_versions_to_rest[origin] = max(0, self._num_versions_to_rest[origin] - 1)
+        return self._sharing.announce(frames[-1])
 
     def remind(self, peer: str, origin: str) -> list[Action]:
         """`peer` is behind in what it knows of `origin`."""
@@ -155,14 +171,12 @@ class Passing:
         return [] if newest is None else self._sharing.tell(peer, newest)
 
     def tell_path(self, frames: tuple[SignedManifest, ...]) -> list[Action]:
-        """A path has arrived of an origin that is relayed: those who wait for it are told."""
+        """A path has arrived: those who wait for it are told."""
         origin = frames[0].manifest.origin
-        if not self._relay.relays(origin):
-            return []
         actions: list[Action] = []
         for peer in self._relay.take_waiting(origin, frames[0].base):
             actions += self._sharing.answer(peer, frames, has_all=False)
-        if (request := self._relay.next_waiting(origin)) is not None:
+        if self._relay.relays(origin) and (request := self._relay.next_waiting(origin)) is not None:
             self._transfers.relay_path(origin, request)
         return actions
 
@@ -186,8 +200,15 @@ class Passing:
         path = self._sharing.find_path(peer, request, origin)
         if path:
             return self._sharing.answer(peer, path, has_all=True)
-        if not self._relay.relays(origin) or peer not in self._sharing.followers(origin):
+        if peer not in self._sharing.followers(origin):
             return [send(peer, NoPath(origin))]
+        if origin in self._teachers:
+            return self._ask_for_keyframe(peer, request, origin)
+        if not self._relay.relays(origin):
+            return [send(peer, NoPath(origin))]
+        newest = self._announcements.newest_version(origin)
+        if newest is not None and request.held is not None and request.held >= newest:
+            return [send(peer, NoPath(origin))]  # nothing newer is known
         is_first = self._relay.next_waiting(origin) is None
         self._relay.wait(peer, origin, request)
         if is_first:
@@ -196,11 +217,36 @@ class Passing:
 
     def find_no_path(self, peer: str, origin: str) -> list[Action]:
         """`peer` knows no path: another is asked, and another relay, too, if it is one."""
-        if self._transfers.asked(peer, origin) is not None:
-            self._transfers.forgo(peer, origin, is_needed=True)
+        asked = self._transfers.asked(peer, origin)
+        if asked is not None:
+            self._transfers.forgo(peer, origin, is_needed=peer != origin)
+        if peer == origin:
+            return self._answer_no_path(origin, asked) if asked and self._relay.relays(origin) else []
         return [send(peer, Unfollow(origin))] if self._orphans.decline(peer, origin) else []
 
     # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _ask_for_keyframe(self, peer: str, request: CatchUp, origin: str) -> list[Action]:
+        """`peer` follows a teacher of this site, whose chain here it cannot go on from: perhaps a local keyframe shortened it.
+
+        A keyframe helps everyone. It is fetched before what this site needs itself, and so only now and then.
+        """
+        if self._relay.next_waiting(origin) is None:
+            if self._num_versions_to_rest.get(origin, 0) or not self._is_ready(origin):
+                return [send(peer, NoPath(origin))]
+            self._num_versions_to_rest[origin] = KEYFRAME_REST_VERSIONS
+            self._transfers.relay_path(origin, CatchUp(None, afresh=True))
+        self._relay.wait(peer, origin, request)
+        return []
+
+    def _answer_no_path(self, origin: str, asked: CatchUp) -> list[Action]:
+        """`origin`, which is relayed, has nothing newer for those on whose behalf it was asked."""
+        actions: list[Action] = [
+            send(peer, NoPath(origin)) for peer in self._relay.take_asking(origin, asked)
+        ]
+        if (request := self._relay.next_waiting(origin)) is not None:
+            self._transfers.relay_path(origin, request)
+        return actions
 
     def _turn_away(self, origin: str) -> list[Action]:
         actions: list[Action] = []

@@ -29,16 +29,21 @@ much as two keyframes at most, and so do its manifests."""
 
 
 class Plan:
-    """The plan for one origin. `held` is what its delta frames may build on; None: only a keyframe helps."""
+    """The plan for one origin. `held` is what its delta frames may build on; None: only a keyframe helps. `is_for_others`:
+    it is relayed, and `held` but a claim of those who need it; nobody but the origin is asked for a path then."""
 
-    def __init__(self, held: Version | None) -> None:
+    def __init__(self, held: Version | None, *, is_for_others: bool = False) -> None:
         self.held = held
+        self.is_for_others = is_for_others
         self.offers: list[Offer] = []
         self.download: Download | None = None
         self.holders: dict[str, None] = {}
         """The peers other than the origin that have told of frames in their current session."""
         self.asked: CatchUp | None = None
         self.asked_of: str | None = None
+        self.asked_s = 0.0
+        self.late: dict[str, CatchUp] = {}
+        """Requests to peers that have not answered for long, so that another was asked. An answer is welcome still."""
         self._reached = held  # the highest version that the store's chain has led to
         self._needs_path = False
         self._num_requests = 0  # without news
@@ -69,6 +74,8 @@ class Plan:
             for offer in self.offers:  # it has published them all; what it does not hold any more it will say
                 if peer not in offer.lost:
                     offer.add(peer)
+            if self.is_for_others and self.held is not None and signed.version < self.held:
+                self.held = signed.base  # nobody can hold what is still to come: the claim was false
         planned = self.find(frame_id)
         if planned is not None:
             planned.add(peer, has_all=has_all)
@@ -93,10 +100,17 @@ class Plan:
 
     def follow(self, peer: str, path: Sequence[SignedManifest], *, has_all: bool = True) -> None:
         """`peer` answered what was asked with these frames, oldest first."""
-        asked, self.asked = self.asked, None
+        if self.late.pop(peer, None) is not None:
+            if self.offers:
+                return  # there is another way by now
+            asked = None
+        else:
+            asked, self.asked = self.asked, None
         offers = [self.find(signed.frame_id) or Offer(signed, {}) for signed in path]
         for offer in offers:
             offer.add(peer, has_all=has_all)
+            if peer != offer.signed.manifest.origin and peer in self._unavailable.get(offer.frame_id, ()):
+                del self._unavailable[offer.frame_id]  # it may have fetched since what it did not hold then
         if any(peer in self._unavailable.get(offer.frame_id, ()) for offer in offers):
             # There is no way without them. If this was the way from nothing, only what comes next can help.
             self._needs_path = asked is not None and asked.held is not None
@@ -116,17 +130,22 @@ class Plan:
             self.asked = None
             self._needs_path |= is_needed
 
+    def stop_waiting(self) -> None:
+        """Who was asked has not answered for long, or there is somebody better to ask."""
+        if self.asked is not None and self.asked_of is not None:
+            self.late[self.asked_of], self.asked = self.asked, None
+            self._needs_path = True
+
     def close(self, peer: str, *, is_origin: bool) -> None:
         """A session is over. A new one with the origin begins with an announcement, from which all else follows."""
         self.holders.pop(peer, None)
+        self.late.pop(peer, None)
+        if self.asked_of == peer:
+            self.forgo(is_needed=True)
         if is_origin:
-            needs_path = self._needs_path or self.asked is not None
-            self.asked = None
-            self._needs_path = needs_path and bool(self.holders)
+            self._needs_path = self._needs_path and bool(self.holders)
             self._num_requests = 0
             self._unavailable.clear()
-        elif self.asked_of == peer:
-            self.forgo(is_needed=True)
 
     @property
     def is_path_due(self) -> bool:
@@ -144,13 +163,13 @@ class Plan:
         self.held, self._is_broken = request.held, request.afresh
         self.offers = self._fetched_head()
 
-    def ask(self, peer: str, *, origin: str | None = None) -> CatchUp | None:
+    def ask(self, peer: str, now_s: float = 0.0, *, origin: str | None = None) -> CatchUp | None:
         """What to ask of `peer`, if a path is due; it counts as asked. `origin` is None if the peer is the origin."""
         if not self.is_path_due:
             return None
         self._needs_path = False
         self._num_requests += 1
-        self.asked_of = peer
+        self.asked_of, self.asked_s = peer, now_s
         self.asked = CatchUp(None if self._unavailable else self.held, self._is_broken, origin)
         return self.asked
 

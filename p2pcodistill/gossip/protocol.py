@@ -4,10 +4,9 @@ No I/O, no clock, no randomness: the same events at the same times give the same
 from links in memory or from a simulation in virtual time. Nothing that a peer sends raises: what is not acceptable is
 refused, reported and forgotten.
 
-`membership` says who may speak, `trust` who may not any more, `health` who is alive; `announce` what teachers have,
-`transfer` and `plan` what to fetch, `publishing` what students are told, `serving` what they are given, `passing` what is
-done with the frames of others. This module joins them and is what the rest of the package imports (events and actions
-included).
+`sessions` says who may speak, and who may not any more, `health` who is alive; `hearing` what follows from announcements,
+`transfer` and `plan` what to fetch, `teaching` what students are told, `serving` what they are given, `passing` what is done
+with the frames of others. This module joins them and is what the rest of the package imports (events and actions included).
 """
 
 from __future__ import annotations
@@ -19,22 +18,15 @@ from p2pcodistill.checkpoint.manifest import (
     MAX_CHUNK_BYTES,
     SignedManifest,
     Version,
-    claimed_origin,
     verify_manifest,
 )
 from p2pcodistill.errors import (
     ChecksumError,
-    HelloMismatchError,
+    FloodedError,
     MalformedError,
-    OversizedError,
-    QuarantinedError,
     RefusedError,
-    ReplayedError,
-    RevokedError,
-    SchemaMismatchError,
-    UnknownPeerError,
 )
-from p2pcodistill.gossip.announce import Accepted, Announcements, Verify
+from p2pcodistill.gossip.announce import Announcements, Verify
 from p2pcodistill.gossip.events import (
     AbandonFrame,
     Action,
@@ -68,9 +60,14 @@ from p2pcodistill.gossip.events import (
     send,
 )
 from p2pcodistill.gossip.health import Health
-from p2pcodistill.gossip.membership import Membership, SessionState, members_digest
+from p2pcodistill.gossip.hearing import Hearing
+from p2pcodistill.gossip.membership import (
+    MAX_CREDIBLE_INCARNATION,
+    Membership,
+    SessionState,
+    members_digest,
+)
 from p2pcodistill.gossip.messages import (
-    MAX_WHY_CHARS,
     Announce,
     CatchUp,
     Chunk,
@@ -91,11 +88,12 @@ from p2pcodistill.gossip.messages import (
 )
 from p2pcodistill.gossip.passing import Passing
 from p2pcodistill.gossip.publishing import Publishing
-from p2pcodistill.gossip.relay import MAX_FOLLOWERS
 from p2pcodistill.gossip.serving import Serving
+from p2pcodistill.gossip.sessions import Sessions
 from p2pcodistill.gossip.sharing import Sharing
+from p2pcodistill.gossip.teaching import Teaching
 from p2pcodistill.gossip.transfer import Transfers
-from p2pcodistill.gossip.trust import MAX_REFUSALS, Trust
+from p2pcodistill.gossip.trust import FOLLOW_COST, Trust
 from p2pcodistill.gossip.window import LinkEstimate
 from p2pcodistill.identity import PublicIdentity
 
@@ -183,10 +181,7 @@ class Gossip:
         neighbours = (*teachers, *students)
         if site not in members or site in neighbours or any(peer not in members for peer in neighbours):
             raise ValueError("a site and its neighbours are members of the run, and nobody neighbours itself")
-        self._site = site
-        is_student = frozenset(students)
-        self._students = tuple(member for member in members if member in is_student)
-        self._followers: dict[str, None] = {}  # peers that relay this site's frames to its students
+        self._site, self._teachers = site, tuple(teachers)
         self._membership = Membership(
             run=run,
             members=tuple(members),
@@ -224,9 +219,33 @@ class Gossip:
         self._trust = Trust()
         self._health = Health(ping_interval_s=ping_interval_s)
         self._publishing = Publishing(own_frames)
-        self._public = members[site]
-        self._reminded: dict[str, str] = {}  # what was shown to origins that have lost their memory
-        self._believed: set[str] = set()  # peers that told of a past life of this site
+        is_student = frozenset(students)
+        self._teaching = Teaching(
+            site,
+            [member for member in members if member in is_student],
+            membership=self._membership,
+            publishing=self._publishing,
+        )
+        self._sessions = Sessions(
+            self._membership,
+            self._trust,
+            self._health,
+            known_incarnation=self._announcements.known_incarnation,
+            begin=self._begin,
+            end=self._end,
+        )
+        self._hearing = Hearing(
+            site,
+            members[site],
+            membership=self._membership,
+            announcements=self._announcements,
+            publishing=self._publishing,
+            transfers=self._transfers,
+            sharing=sharing,
+            passing=self._passing,
+            refuse=self._sessions.refuse,
+            is_revoked=self._trust.is_revoked,
+        )
         self._serving = Serving(window_bytes=window_bytes, download_of=self._transfers.download_of)
         self._serving.hold(site, self._publishing.kept, now_s=0.0)
         for origin, frames in (chains or {}).items():
@@ -247,7 +266,17 @@ class Gossip:
         """Whether every student said, in any session, that its training is over; of those that are trusted."""
         return all(
             self._membership.is_finished(student) or self._trust.is_revoked(student)
-            for student in self._students
+            for student in self._teaching.students
+        )
+
+    @property
+    def teachers_told(self) -> bool:
+        """Whether every trusted teacher has finished itself, or is ready: if this site has finished, it was told."""
+        return all(
+            self._membership.is_ready(teacher)
+            or self._membership.is_finished(teacher)
+            or self._trust.is_revoked(teacher)
+            for teacher in self._teachers
         )
 
     @property
@@ -287,19 +316,15 @@ class Gossip:
                 try:
                     return self._receive(peer, payload, now_s)
                 except RefusedError as error:
-                    return self._refuse(peer, error, now_s)
+                    return self._sessions.refuse(peer, error, now_s)
             case FetchBegun(frame_id, present):
                 self._transfers.begin(frame_id, present)
             case FrameStored(frame_id, held):
                 return self._offer_stored(frame_id, held, now_s)
             case PeerOpened(peer):
-                leaving = self._leave(peer, "a new session took its place", now_s)
-                known = self._announcements.known_incarnation(peer)
-                return [*leaving, send(peer, self._membership.open(peer, known_incarnation=known))]
+                return self._sessions.open(peer, now_s)
             case PeerClosed(peer, why):
-                leaving = self._leave(peer, why, now_s)
-                self._membership.close(peer)
-                return leaving
+                return self._sessions.close(peer, why, now_s)
             case FrameLost(frame_id):
                 self._lose(frame_id, now_s)
             case FramePublished(signed):
@@ -310,19 +335,20 @@ class Gossip:
                 self._transfers.break_chain(origin)
                 return [DropChain(origin)]
             case KeyframeUnavailable():
-                return self._answer_waiting()
+                return self._teaching.answer_waiting()
             case TrainingFinished():
                 self._membership.has_finished = True
-                return [*(send(peer, Finished()) for peer in self.peers_ready), *self._answer_waiting()]
+                told = [send(peer, Finished()) for peer in self.peers_ready]
+                return [*told, *self._teaching.answer_waiting()]
             case IncarnationRaised(incarnation):
                 self._membership.raise_incarnation(incarnation)
             case MemberRevoked(member, why):
-                return self._revoke(member, why, now_s)
+                return [*self._sessions.revoke(member, why, now_s), *self._passing.revoke(member)]
             case MemberRestored(member):
                 self._trust.restore(member)
                 report = Report(telemetry.MemberTrustChanged(member, True, "restored"))
                 restored = self._passing.restore(member, self.peers_ready, now_s)
-                return [report, *restored, *self._greet_again(member)]
+                return [report, *restored, *self._sessions.greet_again(member)]
             case Ticked():
                 return self._tick(now_s)
         return []
@@ -336,22 +362,10 @@ class Gossip:
         for event in suspected:
             self._transfers.suspect(event.peer, is_suspect=True)
             actions.append(Report(event))
-        for peer in self._trust.take_released(now_s):
-            actions += self._greet_again(peer)
+        actions += self._sessions.release(now_s)
         return actions + self._passing.tick(self.peers_ready, now_s)
 
     # --- sessions --------------------------------------------------------------------------------------------
-
-    def _leave(self, peer: str, why: str, now_s: float) -> list[Action]:
-        if not self._membership.is_ready(peer):
-            return []
-        self._announcements.close(peer)
-        self._transfers.close(peer)
-        self._publishing.close(peer)
-        self._serving.close(peer, now_s)
-        self._health.close(peer)
-        self._followers.pop(peer, None)
-        return [*self._passing.close(peer, now_s), Report(telemetry.PeerDisconnected(peer, why))]
 
     def _receive(self, peer: str, payload: Payload, now_s: float) -> list[Action]:
         match self._membership.state_of(peer):
@@ -359,7 +373,7 @@ class Gossip:
                 message = decode_message(payload)
                 if not isinstance(message, Hello):
                     raise MalformedError(f"{peer} sent {type(message).__name__} before its hello")
-                return self._greet(peer, message, now_s)
+                return self._sessions.greet(peer, message, now_s)
             case SessionState.READY:
                 message = decode_message(payload)
                 recovered = self._health.hear(peer, now_s)
@@ -370,113 +384,61 @@ class Gossip:
             case SessionState.REFUSED_BY_PEER:
                 message = decode_message(payload)
                 if isinstance(message, Hello):  # it has changed its mind
-                    return [*self._greet_again(peer), *self._greet(peer, message, now_s)]
+                    again = self._sessions.greet_again(peer)
+                    greeted = self._sessions.greet(peer, message, now_s)
+                    # Once in a while, that is: each time it is told all that a new session is.
+                    return [*again, *greeted, *self._sessions.count_refusal(peer, FloodedError.reason, now_s)]
         return []  # the session was refused, or is over: not even worth decoding
 
-    def _greet(self, peer: str, hello: Hello, now_s: float) -> list[Action]:
-        try:
-            self._trust.check(peer, now_s)
-            self._membership.accept(peer, hello)
-        except (HelloMismatchError, QuarantinedError, RevokedError) as error:
-            return self._shut_out(peer, error, now_s)
+    def _begin(self, peer: str, hello: Hello) -> list[Action]:
+        """`peer` became ready."""
         self._transfers.open(peer)
-        actions: list[Action] = [Report(telemetry.PeerConnected(peer))]
-        ping = self._health.open(peer, now_s)
-        if ping is not None:
-            actions.append(send(peer, ping))
-        actions += self._raise_incarnation(peer, hello.known_incarnation_of_you)
-        if peer in self._students:
-            actions += self._announce_to(peer)
+        actions = self._teaching.open(peer, hello.known_incarnation_of_you)
         if self._membership.has_finished:
             actions.append(send(peer, Finished()))
         return actions + self._passing.open(peer)
 
-    def _greet_again(self, peer: str) -> list[Action]:
-        """One side refused the session, and does so no more: it begins once more."""
-        if self._membership.state_of(peer) not in (SessionState.REFUSED, SessionState.REFUSED_BY_PEER):
-            return []
-        known = self._announcements.known_incarnation(peer)
-        return [send(peer, self._membership.open(peer, known_incarnation=known))]
-
-    def _shut_out(self, peer: str, error: RefusedError, now_s: float) -> list[Action]:
-        """Refuse the session, and say so."""
-        leaving = self._leave(peer, str(error), now_s)
-        self._membership.refuse(peer)
-        return [
-            *leaving,
-            send(peer, Refusal(error.reason, str(error)[:MAX_WHY_CHARS])),
-            Report(telemetry.Refused(peer, error.reason, str(error))),
-        ]
-
-    def _refuse(self, peer: str, error: RefusedError, now_s: float) -> list[Action]:
-        """Something that `peer` sent is refused. If that happens all the time, it is not listened to for a while."""
-        refused = Report(telemetry.Refused(peer, error.reason, str(error)))
-        return [refused, *self._count_refusal(peer, error.reason, now_s)]
-
-    def _count_refusal(self, peer: str, reason: str, now_s: float) -> list[Action]:
-        duration_s = self._trust.count_refusal(peer, reason, now_s)
-        if duration_s is None:
-            return []
-        actions: list[Action] = [Report(telemetry.PeerQuarantined(peer, reason, MAX_REFUSALS, duration_s))]
-        try:
-            self._trust.check(peer, now_s)
-        except QuarantinedError as error:
-            actions += self._shut_out(peer, error, now_s)
-        return actions
-
-    def _revoke(self, member: str, why: str, now_s: float) -> list[Action]:
-        self._trust.revoke(member, why)
-        actions: list[Action] = [Report(telemetry.MemberTrustChanged(member, False, why))]
-        if self._membership.state_of(member) in (SessionState.AWAITING_HELLO, SessionState.READY):
-            try:
-                self._trust.check(member, now_s)
-            except RevokedError as error:
-                actions += self._shut_out(member, error, now_s)
-        return actions + self._passing.revoke(member)
-
-    def _raise_incarnation(self, peer: str, known_incarnation: int) -> list[Action]:
-        is_newer = known_incarnation >= self.incarnation
-        if not (is_newer and self._publishing.is_from_past_life(known_incarnation)):
-            return []
-        if peer in self._believed:  # a past life can be remembered only once: this one keeps us busy
-            return []
-        self._believed.add(peer)
-        self._membership.raise_incarnation(known_incarnation + 1)
-        return [RaiseIncarnation(self.incarnation)]
+    def _end(self, peer: str, now_s: float) -> list[Action]:
+        """`peer` is ready no more."""
+        self._announcements.close(peer)
+        self._transfers.close(peer)
+        self._teaching.close(peer)
+        self._serving.close(peer, now_s)
+        return self._passing.close(peer, now_s)
 
     # --- messages of ready peers -------------------------------------------------------------------------------
 
     def _obey(self, peer: str, message: Message, now_s: float) -> list[Action]:
         if type(message) is not Chunk:
-            self._trust.count_message(peer, now_s)
+            self._trust.count_message(peer, now_s, cost=FOLLOW_COST if type(message) is Follow else 1.0)
         match message:
             case Chunk():
                 return self._take(peer, message, now_s)
             case Want(frame_id, indices):
-                if not self._serving.want(peer, message):
+                if not self._serving.want(peer, message, now_s):
                     return [send(peer, Gone(frame_id))]
                 return [ServeChunk(peer, frame_id, index) for index in indices]
             case Announce():
-                return self._hear(peer, message, now_s)
+                return self._hearing.hear(peer, message, now_s)
             case CatchUp(origin=None):
-                if peer not in self._students and peer not in self._followers:
-                    raise UnknownPeerError(f"{peer} asked for a path, but is no student of this site")
-                return self._answer(peer, message, at_any_price=self._membership.has_finished)
+                return self._teaching.answer(peer, message)
             case CatchUp():
                 return self._passing.answer(peer, message)
             case NoPath(origin):
                 return self._passing.find_no_path(peer, origin)
             case Have():
                 self._passing.have(peer, message)
-            case Follow(origin):
-                return (
-                    self._be_followed(peer, message)
-                    if origin == self._site
-                    else (self._passing.follow(peer, message))
-                )
+            case Follow(origin, _, incarnation):
+                is_own = origin == self._site
+                known = self.incarnation if is_own else self._announcements.known_incarnation(origin)
+                if incarnation > max(MAX_CREDIBLE_INCARNATION, known):
+                    raise MalformedError(
+                        f"{peer} claims to know incarnation {incarnation} of {origin!r}, which cannot be"
+                    )
+                return self._teaching.follow(peer, message) if is_own else self._passing.follow(peer, message)
             case Unfollow(origin):
                 if origin == self._site:
-                    self._followers.pop(peer, None)
+                    self._teaching.unfollow(peer)
                 else:
                     self._passing.unfollow(peer, origin, now_s)
             case Ping(nonce):
@@ -490,88 +452,10 @@ class Gossip:
             case Finished():
                 self._membership.finish(peer)
             case Refusal(reason, why):
-                return self._be_refused(peer, reason, why, now_s)
+                return self._sessions.be_refused(peer, reason, why, now_s)
             case Hello():
                 raise MalformedError(f"{peer} sent a second hello in one session")
         return []
-
-    def _hear(self, peer: str, announce: Announce, now_s: float) -> list[Action]:
-        origin = claimed_origin(announce.body)
-        if self._passing.is_over(origin):
-            return []
-        if origin == self._site:
-            return self._recall(peer, announce)
-        try:
-            if announce.num_more is None:
-                accepted = self._announcements.accept(peer, announce)
-                if accepted is None:
-                    # Without a session with the origin only others can tell it what it may have forgotten.
-                    return [] if self._membership.is_ready(origin) else self._passing.remind(peer, origin)
-                self._transfers.announce(peer, accepted.frames[-1], has_all=announce.has_all)
-                return self._note(peer, accepted, has_all=announce.has_all)
-            return self._hear_path(peer, origin, announce)
-        except (OversizedError, ReplayedError, SchemaMismatchError) as error:
-            if peer == origin and isinstance(error, ReplayedError):
-                return [*self._refuse(peer, error, now_s), *self._remind(peer)]
-            if peer == origin:
-                raise
-            return [
-                Report(telemetry.Refused(peer, error.reason, str(error)))
-            ]  # the origin's fault, not the peer's
-
-    def _remind(self, origin: str) -> list[Action]:
-        """`origin` announces what is older than what it signed once: it has lost its memory, and is shown the proof."""
-        newest = self._announcements.newest(origin) or next(iter(self._sharing.frames_of(origin)[-1:]), None)
-        if newest is None or not self._membership.is_ready(origin):
-            return []
-        if self._reminded.get(origin) == newest.frame_id:
-            return []
-        self._reminded[origin] = newest.frame_id
-        return [send(origin, Announce(newest.body, newest.signature))]
-
-    def _recall(self, peer: str, announce: Announce) -> list[Action]:
-        """`peer` shows what this site has signed once. If it knows nothing of that, it begins a new incarnation."""
-        newest = self._publishing.newest_version
-        recalled = self._announcements.verify_own(peer, announce, self._public)
-        version = recalled.version
-        is_past = version.incarnation < self.incarnation or (newest is not None and version < newest)
-        if is_past or recalled.frame_id in [signed.frame_id for signed in self._publishing.kept]:
-            return []
-        why = (
-            f"{peer} knows step {version.step} of incarnation {version.incarnation} of this site, which has no memory "
-            "of it: if its store was not lost, another node runs with its identity"
-        )
-        self._membership.raise_incarnation(version.incarnation + 1)
-        return [
-            Report(telemetry.Refused(None, ReplayedError.reason, why)),
-            RaiseIncarnation(self.incarnation),
-        ]
-
-    def _hear_path(self, peer: str, origin: str, announce: Announce) -> list[Action]:
-        try:
-            asked = self._transfers.asked(peer, origin)
-            accepted = self._announcements.collect(peer, announce, asked)
-            if accepted is None:
-                return []
-            self._transfers.follow(peer, accepted.frames, has_all=announce.has_all)
-            noted = self._note(peer, accepted, has_all=announce.has_all)
-            return noted + self._passing.tell_path(accepted.frames)
-        finally:
-            if not announce.num_more:
-                self._transfers.forgo(peer, origin)
-
-    def _note(self, peer: str, accepted: Accepted, *, has_all: bool) -> list[Action]:
-        passed = self._passing.announce(peer, accepted.frames, has_all=has_all, is_new=accepted.is_new)
-        if not accepted.is_new:
-            return passed
-        manifest = accepted.frames[-1].manifest
-        version = manifest.version
-        announced = telemetry.VersionAnnounced(
-            manifest.origin, version.incarnation, version.step, manifest.num_bytes
-        )
-        is_pinned = accepted.pins_schema and not self._passing.is_relayed(manifest.origin)
-        pin = [PinSchema(manifest.origin, manifest.schema_hash)] if is_pinned else []
-        return [*pin, Report(announced), *passed]
 
     def _take(self, peer: str, chunk: Chunk, now_s: float) -> list[Action]:
         actions = self._transfers.receive(peer, chunk, now_s)
@@ -579,14 +463,7 @@ class Gossip:
             return []
         if isinstance(actions[0], StoreChunk):
             return actions + self._passing.receive(self._transfers.download_of(chunk.frame_id))
-        return actions + self._count_refusal(peer, ChecksumError.reason, now_s)
-
-    def _be_followed(self, peer: str, request: Follow) -> list[Action]:
-        if peer not in self._followers and len(self._followers) >= MAX_FOLLOWERS:
-            return [send(peer, Unfollow(self._site))]
-        self._followers[peer] = None
-        self._membership.know(peer, request.known_incarnation)
-        return [*self._raise_incarnation(peer, request.known_incarnation), *self._announce_to(peer)]
+        return actions + self._sessions.count_refusal(peer, ChecksumError.reason, now_s)
 
     def _lose(self, frame_id: str, now_s: float) -> None:
         origin = self._serving.origin_of(frame_id)
@@ -597,38 +474,12 @@ class Gossip:
         if origin is not None:
             self._serving.lose(frame_id, origin, now_s)
 
-    def _be_refused(self, peer: str, reason: str, why: str, now_s: float) -> list[Action]:
-        why = f"{peer} refuses us: {why}"
-        leaving = self._leave(peer, why, now_s)
-        self._membership.refuse(peer, by_peer=True)
-        return [*leaving, Report(telemetry.Refused(peer, reason, why))]
-
     # --- frames: this site's own, and those that have arrived ------------------------------------------------------
 
     def _publish(self, signed: SignedManifest, now_s: float) -> list[Action]:
-        is_announced = self._publishing.publish(signed)
+        actions = self._teaching.publish(signed)
         self._serving.hold(self._site, self._publishing.kept, now_s)
-        actions: list[Action] = []
-        if is_announced:
-            for peer in dict.fromkeys((*self._students, *self._followers)):
-                if self._membership.is_ready(peer):
-                    actions += self._announce_to(peer)
-        return actions + self._answer_waiting()
-
-    def _announce_to(self, peer: str) -> list[Action]:
-        known = self._membership.known_incarnation_of_us(peer)
-        announcement = self._publishing.announce_to(peer, known_incarnation=known)
-        return [send(peer, announcement)] if announcement else []
-
-    def _answer(self, peer: str, request: CatchUp, *, at_any_price: bool) -> list[Action]:
-        known = self._membership.known_incarnation_of_us(peer)
-        path = self._publishing.answer(peer, request, known_incarnation=known, at_any_price=at_any_price)
-        is_due = self._publishing.take_request() and not self._membership.has_finished
-        return [*(send(peer, part) for part in path), *([RequestKeyframe()] if is_due else [])]
-
-    def _answer_waiting(self) -> list[Action]:
-        waiting = self._publishing.waiting.items()
-        return [action for peer, asked in waiting for action in self._answer(peer, asked, at_any_price=True)]
+        return actions
 
     def _offer_stored(self, frame_id: str, held: Version | None, now_s: float) -> list[Action]:
         download = self._transfers.download_of(frame_id)

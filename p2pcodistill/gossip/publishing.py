@@ -35,6 +35,7 @@ class Publishing:
         self._keep(frames)
         self._remembered_incarnation = self._newest.version.incarnation if self._newest else 0
         self._told_incarnation = 0  # the highest that anybody was told of: peers tell each other
+        self._announcement: Announce | None = None  # of the newest frame: it is the same for everyone
         self._waiting: dict[str, CatchUp] = {}
         self._num_answers: dict[str, int] = {}  # since the last frame was published
         self._num_published_since_request: int | None = None
@@ -80,7 +81,9 @@ class Publishing:
         if newest is None or newest.version.incarnation < known_incarnation:
             return None
         self._told_incarnation = max(self._told_incarnation, newest.version.incarnation)
-        return Announce(newest.body, newest.signature)
+        if self._announcement is None or self._announcement.signature is not newest.signature:
+            self._announcement = Announce(newest.body, newest.signature)
+        return self._announcement
 
     # --- catching up -----------------------------------------------------------------------------------------------
 

@@ -24,6 +24,11 @@ MAX_FOLLOWERS = 256
 """Of one origin, at the origin itself or at a relay."""
 
 
+NEWS_FACTOR = 6
+"""A relay that told nothing new for so many times what a student waits before it asks one is given up for another, and the
+next one after twice as long, until there is news: a teacher may simply publish rarely."""
+
+
 class Orphans:
     """The teachers that this site cannot reach, and whom it asks to relay them."""
 
@@ -32,6 +37,9 @@ class Orphans:
         self._parted_s: dict[str, float | None] = dict.fromkeys(teachers)  # None: before the first tick
         self._relays: dict[str, str] = {}
         self._tried: dict[str, dict[str, None]] = {}
+        self._has_news: dict[str, bool] = {}  # of those that are relayed
+        self._news_s: dict[str, float] = {}
+        self._news_factors: dict[str, int] = {}
         self._next_s = float("-inf")
 
     def relay_of(self, teacher: str) -> str | None:
@@ -42,6 +50,7 @@ class Orphans:
         """`peer` became ready. If it is a teacher that was relayed, the relay, which is followed no more."""
         self._parted_s.pop(peer, None)
         self._tried.pop(peer, None)
+        self._news_factors.pop(peer, None)
         self._next_s = float("-inf")
         return self._relays.pop(peer, None)
 
@@ -61,6 +70,26 @@ class Orphans:
         self._next_s = float("-inf")
         return True
 
+    def hear(self, peer: str, teacher: str) -> None:
+        """`peer` told of a new version of `teacher`."""
+        if self._relays.get(teacher) == peer:
+            self._has_news[teacher] = True
+
+    def take_silent(self, ready: Collection[str], now_s: float) -> list[tuple[str, str]]:
+        """The relays that are given up because they tell nothing while others could be asked, as (relay, teacher)."""
+        silent: list[tuple[str, str]] = []
+        for teacher, relay in self._relays.items():
+            if self._has_news.pop(teacher, False):
+                self._news_s[teacher] = now_s
+                self._news_factors.pop(teacher, None)
+            factor = self._news_factors.get(teacher, NEWS_FACTOR)
+            if now_s - self._news_s[teacher] >= factor * self._after_s and len(ready) > 1:
+                self._news_factors[teacher] = 2 * factor
+                silent.append((relay, teacher))
+        for relay, teacher in silent:
+            self.decline(relay, teacher)
+        return silent
+
     def tick(self, ready: Collection[str], now_s: float) -> list[tuple[str, str]]:
         """Time has passed: whom to ask for which teacher, as (peer, teacher)."""
         if now_s < self._next_s or not self._parted_s:
@@ -78,7 +107,7 @@ class Orphans:
                 peer = next((peer for peer in ready if peer not in tried), None)
                 if peer is not None:
                     tried[peer] = None
-                    self._relays[teacher] = peer
+                    self._relays[teacher], self._news_s[teacher] = peer, now_s
                     asked.append((peer, teacher))
                     continue
                 tried.clear()  # once more, after as long a while
@@ -173,6 +202,14 @@ class Relay:
     def next_waiting(self, origin: str) -> CatchUp | None:
         """What to ask of the origin for one of those who wait."""
         return next(iter(self._waiting.get(origin, {}).values()), None)
+
+    def take_asking(self, origin: str, asked: CatchUp) -> list[str]:
+        """Those who wait for what was `asked` of the origin, and do so no more."""
+        waiting = self._waiting.get(origin, {})
+        asking = [peer for peer, request in waiting.items() if request.held == asked.held]
+        for peer in asking:
+            del waiting[peer]
+        return asking
 
     def take_waiting(self, origin: str, start: Version | None) -> list[str]:
         """Those whom a path helps that begins at `start` (None: at nothing), and who wait no more."""

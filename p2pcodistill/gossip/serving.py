@@ -3,7 +3,7 @@
 Every frame of this site's own chain can be wanted, what the store holds of other origins, and of a frame that is still
 being fetched the chunks that are there. A frame that a peer has begun to fetch must stay beyond that, however slowly it
 travels: if it went under the peer's hands, nothing would ever arrive over a slow link. So a reader keeps the frame that it
-wanted last until it wants another frame of the same origin, or has been away for a while.
+wanted last until it wants another frame of the same origin, or none for long, or has been away for a while.
 
 Credit binds the other side, too: whoever wants more in one message than a window holds would make this site read and queue
 it all at once.
@@ -21,6 +21,8 @@ from p2pcodistill.gossip.messages import Want
 
 READER_GRACE_S = 60.0
 """How long a frame is kept for a reader whose session has closed."""
+READER_IDLE_S = 1800.0
+"""How long it is kept for one that wants nothing, though it could: it has what it wanted, or gave it up."""
 
 
 def _count_bytes(manifest: Manifest, indices: Sequence[int]) -> int:
@@ -32,10 +34,13 @@ def _count_bytes(manifest: Manifest, indices: Sequence[int]) -> int:
 @dataclass(slots=True)
 class _Reader:
     frame_id: str
+    wanted_s: float
     closed_s: float | None = None
 
     def is_reading(self, now_s: float) -> bool:
-        return self.closed_s is None or now_s - self.closed_s < READER_GRACE_S
+        if self.closed_s is not None and now_s - self.closed_s >= READER_GRACE_S:
+            return False
+        return now_s - self.wanted_s < READER_IDLE_S
 
 
 class Serving:
@@ -84,7 +89,7 @@ class Serving:
         manifest = self._held.get(frame_id)
         return manifest.origin if manifest else None
 
-    def want(self, peer: str, want: Want) -> bool:
+    def want(self, peer: str, want: Want, now_s: float) -> bool:
         """Whether what `peer` wants can be served.
 
         Raises MalformedError for chunks that the frame does not have, and for more of them than a window holds.
@@ -104,7 +109,7 @@ class Serving:
         max_bytes = max(self._window_bytes, manifest.chunk_bytes)
         if _count_bytes(manifest, want.indices) > max_bytes:
             raise MalformedError(f"{peer} wants more than {max_bytes} bytes at once")
-        self._readers.setdefault(manifest.origin, {})[peer] = _Reader(want.frame_id)
+        self._readers.setdefault(manifest.origin, {})[peer] = _Reader(want.frame_id, now_s)
         return True
 
     def close(self, peer: str, now_s: float) -> None:

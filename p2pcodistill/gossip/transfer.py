@@ -88,6 +88,7 @@ class Transfers:
         )
         self._eager[peer] = None
         if peer in self._plans:
+            self._plans[peer].stop_waiting()  # who was asked instead may itself have to ask the origin
             self._moved[peer] = None
 
     def close(self, peer: str) -> None:
@@ -155,7 +156,9 @@ class Transfers:
     def asked(self, peer: str, origin: str | None = None) -> CatchUp | None:
         """The request of a path (of frames of `origin`, or of its own) that `peer` has not answered yet."""
         plan = self._plans.get(origin or peer)
-        return plan.asked if plan is not None and plan.asked_of == peer else None
+        if plan is None:
+            return None
+        return plan.asked if plan.asked and plan.asked_of == peer else plan.late.get(peer)
 
     def follow(self, peer: str, path: Sequence[SignedManifest], *, has_all: bool = True) -> None:
         """`peer` answered the request with a path, which was verified."""
@@ -165,7 +168,10 @@ class Transfers:
 
     def forgo(self, peer: str, origin: str | None = None, *, is_needed: bool = False) -> None:
         """The answer of `peer` to the request, if there was one, was refused; or `is_needed` from another: it has none."""
-        plan = self.plan(origin or peer)
+        plan = self._plans.get(origin or peer)
+        if plan is None:
+            return
+        plan.late.pop(peer, None)
         if plan.asked_of == peer:
             plan.forgo(is_needed=is_needed)
         if is_needed:
@@ -178,9 +184,9 @@ class Transfers:
         self._moved[origin] = None
 
     def relay(self, origin: str, held: Version | None) -> None:
-        """Fetch the frames of `origin` that somebody who holds `held` needs."""
+        """Fetch the frames of `origin` that somebody needs who claims to hold `held`."""
         if origin not in self._plans:
-            self._plans[origin] = Plan(held)
+            self._plans[origin] = Plan(held, is_for_others=True)
 
     def relay_path(self, origin: str, request: CatchUp) -> None:
         """Ask `origin` for a path that somebody else needs, and fetch what it tells."""
@@ -282,15 +288,29 @@ class Transfers:
         """Time has passed: requests of silent peers are void."""
         for peer, window in self._windows.items():
             if window.is_stalled(now_s):
-                window.stall(now_s)
                 voided = window.void()
-                for frame_id in dict.fromkeys(frame_id for frame_id, _ in voided):
-                    download = self._downloads.get(frame_id)
-                    if download is not None and peer in download.offer.sources:
-                        download.offer.sources[peer].is_slow = True
+                stalled = [self._downloads.get(frame_id) for frame_id in dict.fromkeys(f for f, _ in voided)]
+                is_needed = any(d is not None and not self._has_other(d, peer, now_s) for d in stalled)
+                window.stall(now_s, is_only_source=is_needed)
                 self._want_again(peer, voided)
+        for origin, plan in self._plans.items():
+            is_late = plan.asked is not None and now_s - plan.asked_s >= self._stall_timeout_s
+            if is_late and self._path_peer(origin, plan) is not None:
+                plan.stop_waiting()
+                self._moved[origin] = None
         for download in self._downloads.values():
             self._note_hunger(download, now_s)
+
+    def _has_other(self, download: Download, peer: str, now_s: float) -> bool:
+        """Whether somebody else than `peer` can be asked for the frame, who is not slow."""
+        return any(
+            other != peer
+            and other in self._windows
+            and source.is_usable
+            and not source.is_stale
+            and not self._windows[other].is_slow(now_s)
+            for other, source in download.offer.sources.items()
+        )
 
     def _note_hunger(self, download: Download, now_s: float) -> None:
         """Those who have nothing for a download that has been waiting for long are not waited for."""
@@ -317,7 +337,7 @@ class Transfers:
             plan = self._plans.get(origin)
             if plan is not None:
                 actions += self._advance(plan, now_s)
-                actions += self._ask_path(origin, plan)
+                actions += self._ask_path(origin, plan, now_s)
                 if plan.download is not None:
                     hungry[plan.download.frame_id] = None
         eager, self._eager = self._eager, {}
@@ -393,11 +413,17 @@ class Transfers:
             offer.has_source_among(self._windows) for offer in plan.offers[1:2]
         )
 
-    def _ask_path(self, origin: str, plan: Plan) -> list[Action]:
-        is_here = origin in self._windows
-        peer = origin if is_here else next((p for p in plan.holders if p in self._windows), None)
+    def _path_peer(self, origin: str, plan: Plan) -> str | None:
+        """Whom to ask for a path: the origin if possible; nobody who was asked and has not answered yet."""
+        peers = (origin,) if plan.is_for_others else (origin, *plan.holders)
+        waited_for = plan.asked_of if plan.asked is not None else None
+        return next((p for p in peers if p in self._windows and p not in plan.late and p != waited_for), None)
+
+    def _ask_path(self, origin: str, plan: Plan, now_s: float) -> list[Action]:
+        peer = self._path_peer(origin, plan)
         if peer is None:
             return []
+        is_here = peer == origin
         is_full = plan.download is not None and plan.download.is_full
         if (
             not is_here
@@ -408,7 +434,7 @@ class Transfers:
             plan.need_path()  # whoever has it is not here; those who are may hold it, too, or know another way
         elif plan.download is not None and plan.download.is_arriving:
             return []
-        request = plan.ask(peer, origin=None if is_here else origin)
+        request = plan.ask(peer, now_s, origin=None if is_here else origin)
         return [send(peer, request)] if request else []
 
     def _end(self, download: Download) -> None:

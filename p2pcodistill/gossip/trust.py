@@ -22,6 +22,8 @@ FIRST_QUARANTINE_S = 60.0
 MAX_QUARANTINE_S = 3600.0
 MAX_MESSAGES_PER_S = 500.0
 MAX_BURST_MESSAGES = 10_000.0
+FOLLOW_COST = 20.0
+"""A `Follow` counts as so many messages: small as it is, it may be answered with a manifest."""
 
 
 @dataclass(slots=True)
@@ -65,13 +67,14 @@ class Trust:
                 f"{max(0.0, record.until_s - now_s):.0f} s"
             )
 
-    def count_message(self, peer: str, now_s: float) -> None:
-        """`peer` has sent a message of its own accord. Raises FloodedError when it sends too many."""
+    def count_message(self, peer: str, now_s: float, *, cost: float = 1.0) -> None:
+        """`peer` has sent a message of its own accord, which counts as `cost` of them. Raises FloodedError when it sends too
+        many."""
         record = self._records.get(peer)
         if record is None:
             record = self._records[peer] = _Record(counted_s=now_s)
         refilled = record.num_left + (now_s - record.counted_s) * MAX_MESSAGES_PER_S
-        record.num_left = min(MAX_BURST_MESSAGES, refilled) - 1.0
+        record.num_left = min(MAX_BURST_MESSAGES, refilled) - cost
         record.counted_s = now_s
         if record.num_left < 0.0:
             record.num_left = 0.0

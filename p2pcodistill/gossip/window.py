@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 MAX_PATIENCE_FACTOR = 32
 """Each stall in a row doubles the time until the next is declared, up to this many stall timeouts."""
+SLOW_FACTOR = 12
+"""For so many stall timeouts a peer that let a request stall counts as slow, unless it sends what it is asked for."""
 MIN_WINDOW_CHUNKS = 2
 """One that arrives while the want for the next one travels."""
 FIRST_WINDOW_BYTES = 512 << 10
@@ -146,6 +148,7 @@ class Window:
         self._max_chunk_bytes = 0
         self._progress_s: float | None = None
         self._deadline_from_s = 0.0
+        self._slow_until_s = float("-inf")
         self.link = link or LinkEstimate()
         """What chunks show."""
         self._is_probing = False
@@ -201,13 +204,14 @@ class Window:
         self._max_chunk_bytes = max(self._max_chunk_bytes, num_bytes)
 
     def receive(self, frame_id: str, index: int, now_s: float) -> bool:
-        """A chunk arrived: its credit is back, and the deadline moves. False when it was not asked for."""
-        if self._progress_s is not None:
-            self.patience_s = max(self._stall_timeout_s, 2 * (now_s - self._progress_s))
-            self._progress_s = self._deadline_from_s = now_s
+        """A chunk arrived: its credit is back, and the deadline moves. False, and neither, when it was not asked for."""
         asked = self._asked.pop((frame_id, index), None)
         if asked is None:
             return False
+        self._slow_until_s = float("-inf")
+        if self._progress_s is not None:
+            self.patience_s = max(self._stall_timeout_s, 2 * (now_s - self._progress_s))
+            self._progress_s = self._deadline_from_s = now_s
         self._num_asked_bytes -= asked.num_bytes
         self._num_delivered_bytes += asked.num_bytes
         num_bytes = self._num_delivered_bytes - asked.num_delivered_bytes
@@ -220,11 +224,17 @@ class Window:
         """Whether something is under way and nothing has arrived for too long."""
         return bool(self._asked) and now_s - self._deadline_from_s >= self.patience_s
 
-    def stall(self, now_s: float) -> None:
-        """Give what is under way up for lost (see `void`), and be more patient next time."""
-        longest_s = MAX_PATIENCE_FACTOR * self._stall_timeout_s
-        self.patience_s = max(self.patience_s, min(2 * self.patience_s, longest_s))
+    def is_slow(self, now_s: float) -> bool:
+        """Whether the peer let a request stall of late, and has sent nothing since then that it was asked for."""
+        return now_s < self._slow_until_s
+
+    def stall(self, now_s: float, *, is_only_source: bool = True) -> None:
+        """Give what is under way up for lost (see `void`), and, if nobody else has it, be more patient next time."""
+        if is_only_source:
+            longest_s = MAX_PATIENCE_FACTOR * self._stall_timeout_s
+            self.patience_s = max(self.patience_s, min(2 * self.patience_s, longest_s))
         self._deadline_from_s = now_s
+        self._slow_until_s = now_s + SLOW_FACTOR * self._stall_timeout_s
 
     def void(self, frame_id: str | None = None) -> list[tuple[str, int]]:
         """Forget what is under way, of one frame or of all; credit returns. The (frame, index) pairs, as asked."""

@@ -11,14 +11,16 @@ import json
 import logging
 import os
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import nn
 
+from p2pcodistill.checkpoint.manifest import Version
 from p2pcodistill.checkpoint.reference import Reference
-from p2pcodistill.checkpoint.snapshot import Snapshot
+from p2pcodistill.checkpoint.snapshot import Schema, Snapshot, schema_of
 from p2pcodistill.codistill.codistiller import Codistiller
 from p2pcodistill.codistill.exchange import ChainFile, Inbox, Offer
 from p2pcodistill.codistill.gate import Criterion
@@ -74,7 +76,9 @@ def join(
             f"call torch.distributed.init_process_group before join: there are {num_ranks} ranks"
         )
     is_lead = not dist.is_initialized() or dist.get_rank() == 0
-    exchange = GroupExchange(spec, is_lead=is_lead, max_frame_bytes=_max_frame_bytes(model))
+    exchange = GroupExchange(
+        spec, is_lead=is_lead, max_frame_bytes=_max_frame_bytes(model), schema=schema_of(model)
+    )
     return Codistiller(
         model,
         spec.codistillation,
@@ -108,13 +112,18 @@ def _max_frame_bytes(model: nn.Module) -> int:
 class GroupExchange:
     """The `Exchange` of one rank. Rank 0 (`is_lead`) talks to the node; the others only read and decode frames.
 
-    Raises GroupError when the node does not answer.
+    With the `schema` of the student, frames of other models are refused before they are decoded. Raises GroupError when the
+    node does not answer.
     """
 
-    def __init__(self, spec: GroupSpec, *, is_lead: bool, max_frame_bytes: int) -> None:
+    def __init__(
+        self, spec: GroupSpec, *, is_lead: bool, max_frame_bytes: int, schema: Schema | None = None
+    ) -> None:
         self._lock = threading.Lock()
         self._offers: dict[str, Offer] = {}
-        self._announced: dict[str, tuple[int, int]] = {}
+        self._announced: dict[str, Version] = {}
+        # When versions were announced that the node has told of at the welcome.
+        self._known_since_s: dict[str, dict[Version, float]] = {}
         self._revoked: set[str] = set()
         self._stop_requested = False
         self._link: RankLink | None = None
@@ -127,11 +136,13 @@ class GroupExchange:
                 self._take(offer)
             for known in welcome.known:
                 self._note(known)
+                since_s = self._known_since_s.setdefault(known.origin, {})
+                since_s[Version(known.incarnation, known.step)] = time.monotonic() - known.age_s
             with self._lock:
                 self._revoked.update(welcome.revoked)
             self._sender.start()
         self._receiver = FrameReceiver(
-            spec.outbox_folder, max_frame_bytes, self._link.send if self._link else None
+            spec.outbox_folder, max_frame_bytes, self._link.send if self._link else None, schema
         )
         atexit.register(self.close)  # a script of a user's may just end
 
@@ -142,9 +153,18 @@ class GroupExchange:
 
     def inbox(self) -> Inbox:
         """The newest offers of the node, what the teachers have announced, who is revoked, and the node's wish to stop."""
+        now_s = time.monotonic()
+        known_ages_s = {
+            teacher: {version: now_s - time_s for version, time_s in since_s.items()}
+            for teacher, since_s in self._known_since_s.items()
+        }
         with self._lock:
             return Inbox(
-                dict(self._offers), self._stop_requested, dict(self._announced), frozenset(self._revoked)
+                dict(self._offers),
+                self._stop_requested,
+                dict(self._announced),
+                frozenset(self._revoked),
+                known_ages_s,
             )
 
     def prepare(self, offer: Offer) -> Future[Reference]:
@@ -188,7 +208,7 @@ class GroupExchange:
 
     def _note(self, known: VersionKnown) -> None:
         with self._lock:
-            version = known.incarnation, known.step
+            version = Version(known.incarnation, known.step)
             self._announced[known.origin] = max(version, self._announced.get(known.origin, version))
 
     def _take(self, found: FrameOffer) -> None:

@@ -111,11 +111,12 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class VersionKnown:
-    """node -> rank: `origin`, a teacher, has announced this version, the newest known; it may still be on its way."""
+    """node -> rank: `origin`, a teacher, announced this version `age_s` seconds ago; it may still be on its way."""
 
     origin: str
     incarnation: int
     step: int
+    age_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ from p2pcodistill.checkpoint.chain import MAX_CHAIN_FRAMES
 from p2pcodistill.checkpoint.decoder import decode_frame
 from p2pcodistill.checkpoint.encoder import encode_reference_keyframe
 from p2pcodistill.checkpoint.reference import Reference
+from p2pcodistill.checkpoint.snapshot import Schema
 from p2pcodistill.codistill.exchange import Offer
-from p2pcodistill.errors import MalformedError, OversizedError
+from p2pcodistill.errors import MalformedError, OversizedError, SchemaMismatchError
 from p2pcodistill.group.link import ChainBroken, ReferenceReady
 from p2pcodistill.group.sending import outbox_file
 
@@ -31,15 +32,20 @@ _logger = logging.getLogger("p2pcodistill")
 
 
 class FrameReceiver:
-    """The decoding thread of one rank. `send` hands one message to the node; None on ranks other than 0."""
+    """The decoding thread of one rank. `send` hands one message to the node; None on ranks other than 0.
+
+    With the `schema` of the student, a frame of another model is refused before it is decoded.
+    """
 
     def __init__(
         self,
         outbox: Path,
         max_frame_bytes: int,
         send: Callable[[ReferenceReady | ChainBroken], None] | None,
+        schema: Schema | None = None,
     ) -> None:
         self._outbox, self._max_frame_bytes, self._send = outbox, max_frame_bytes, send
+        self._schema = schema
         # The decoding thread's own: the reference of each teacher with its version, and the version that was kept last.
         self._held: dict[str, tuple[tuple[int, int], Reference]] = {}
         self._kept: dict[str, tuple[int, int]] = {}
@@ -62,6 +68,8 @@ class FrameReceiver:
             reference = self._apply(offer)
         except FileNotFoundError:  # what was applied before it is still whole
             raise
+        except SchemaMismatchError:  # so is the chain, and another copy of it would fit no better
+            raise
         except Exception:
             # The reference may be spoilt, or the node's files are: neither is of use any more.
             self._held.pop(offer.teacher, None)
@@ -83,7 +91,7 @@ class FrameReceiver:
             missing, reference = offer.frames, None
         for file in missing:
             data = self._map(Path(offer.folder, file.file_name))
-            reference = decode_frame(data, reference, max_bytes=self._max_frame_bytes)
+            reference = decode_frame(data, reference, max_bytes=self._max_frame_bytes, schema=self._schema)
             if reference.step != file.step:
                 raise MalformedError(
                     f"a frame that was signed as step {file.step} is of step {reference.step}"

@@ -3,7 +3,7 @@
 The events of all sites of a run, in the order of their time, say when each version was published and when each student began
 to learn from it. On an edge of the teacher graph, from the first swap on, the *staleness* is the number of steps from the
 version in use to the newest one that its origin had published by then (not: that the student had heard of). It ends with the
-student's training.
+student's training or its node, and begins anew when that is launched again.
 """
 
 from __future__ import annotations
@@ -14,13 +14,22 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from p2pcodistill.report.history import read_event
-from p2pcodistill.telemetry import Event, FramePublished, Record, TeacherSwapped, TrainingEnded
+from p2pcodistill.telemetry import (
+    Event,
+    FaultInjected,
+    FramePublished,
+    NodeStopped,
+    Record,
+    TeacherSwapped,
+    TrainingEnded,
+)
 
 Edge: TypeAlias = tuple[str, str]
 """(teacher, student)."""
 Version: TypeAlias = tuple[int, int]
 """(incarnation, step)."""
-_EVENTS = frozenset({FramePublished.name, TeacherSwapped.name, TrainingEnded.name})
+_ENDS = (TrainingEnded, NodeStopped, FaultInjected)
+_EVENTS = frozenset(kind.name for kind in (FramePublished, TeacherSwapped, *_ENDS))
 
 
 @dataclass(slots=True)
@@ -70,7 +79,7 @@ class StalenessTracker:
         return tracker
 
     def update(self, time_s: float, site: str, event: Event) -> None:
-        """`site` reported `event`; only publications and swaps change anything."""
+        """`site` reported `event`, or a simulation of it; only publications, swaps and ends change anything."""
         if isinstance(event, FramePublished):
             version = event.incarnation, event.step
             if version > self._newest.get(site, (0, -1)):
@@ -94,7 +103,7 @@ class StalenessTracker:
                 known.num_versions += 1
             self._edges_to.setdefault(site, {})[event.teacher] = known
             self._move(known, event.teacher, time_s)
-        elif isinstance(event, TrainingEnded):
+        elif isinstance(event, _ENDS) and (not isinstance(event, FaultInjected) or event.kind == "kill"):
             for edge in self._edges_to.get(site, {}).values():
                 self._end(edge, time_s)
 
@@ -141,7 +150,8 @@ class StalenessTracker:
 
 
 def _in_order_of_time(records_of: Mapping[str, Iterable[Record]]) -> Iterator[tuple[float, str, Event]]:
-    """All events of interest. Clocks of one machine are taken to agree; what has no time is left out."""
+    """All events of interest. Clocks of one machine are taken to agree; what has no time is left out. Those of one site may
+    come from several logs, one after the other."""
 
     def of_site(site: str, records: Iterable[Record]) -> Iterator[tuple[float, str, Event]]:
         for record in records:
@@ -152,5 +162,7 @@ def _in_order_of_time(records_of: Mapping[str, Iterable[Record]]) -> Iterator[tu
                 except ValueError:
                     continue
 
-    streams = [of_site(site, records) for site, records in records_of.items()]
+    streams = [
+        sorted(of_site(site, records), key=lambda item: item[0]) for site, records in records_of.items()
+    ]
     return heapq.merge(*streams, key=lambda item: item[0])

@@ -28,6 +28,7 @@ from p2pcodistill.report.summary import ArmResult, summarise
 from p2pcodistill.report.table import table
 from p2pcodistill.simulation.files import (
     SCENARIO_FILE,
+    NodeFiles,
     create_run_folder,
     node_files,
     point_latest,
@@ -130,7 +131,7 @@ def _read_edges(scenario: ScenarioConfig, folder: Path) -> EdgeResults | None:
     if job is None:
         return None
     return EdgeResults.of(
-        {place.site: list(EventTail(place.events).read()) for place in node_files(job, folder)}
+        {place.site: _read_records(job, place, folder) for place in node_files(job, folder)}
     )
 
 
@@ -175,16 +176,17 @@ def read_results(scenario: ScenarioConfig, folder: Path) -> list[ArmResult]:
     for job in make_jobs(scenario):
         arm = arms.setdefault(job.run, ArmResult(job.arm.name, job.arm.kind, job.seed, {}))
         for place in node_files(job, folder):
-            done_to = [
-                record
-                for record in EventTail(simulator_events(job, folder)).read()
-                if record.get("site") == place.site
-            ]
-            history = SiteHistory.of([*EventTail(place.events).read(), *done_to])
+            history = SiteHistory.of(_read_records(job, place, folder))
             if not history.finished and place.site in expected_to_finish(job, scenario):
                 raise GroupError(failure(job, place, "ended before its training was finished"))
             arm.sites[place.site] = history
     return list(arms.values())
+
+
+def _read_records(job: Job, place: NodeFiles, folder: Path) -> list[Record]:
+    """What a site told of itself, then what the simulator told of it."""
+    told = EventTail(simulator_events(job, folder)).read()
+    return [*EventTail(place.events).read(), *(r for r in told if r.get("site") == place.site)]
 
 
 class NodeProcesses:

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from p2pcodistill.errors import ConfigError, IdentityError, TopologyError
 from p2pcodistill.identity import check_site_name
 from p2pcodistill.topology.build import build_topology, default_members
+from p2pcodistill.topology.density import CODEC_BITS
 from p2pcodistill.topology.graph import LinkAttributes, Topology
 from p2pcodistill.topology.named import MAX_SITES
 from p2pcodistill.topology.statistics import (
@@ -28,9 +29,6 @@ from p2pcodistill.topology.statistics import (
     spectral_gap,
 )
 
-CODEC_BITS = {"fp32": 32.0, "fp16": 16.0, "keyframes": 13.8, "adaptive": 0.78}
-"""Bits a weight. fp32 and fp16 are raw; fp16 keyframes were 1.16 times, and all frames of a whole run with adaptive deltas
-20.5 times smaller than raw fp16 (benchmarks/RESULTS.md, the language model)."""
 TEACHER_SHARE = 1 / 3
 """A teacher's forward pass, of a training step's forward and backward."""
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")

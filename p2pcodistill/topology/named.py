@@ -38,11 +38,6 @@ class _Generator:
     separator: str = ","
 
 
-def known_names() -> tuple[str, ...]:
-    """The names of all graphs and schedules."""
-    return tuple(_GENERATORS)
-
-
 def is_named(spec: str) -> bool:
     """Whether `spec` begins with one of the names."""
     return spec.partition(":")[0] in _GENERATORS

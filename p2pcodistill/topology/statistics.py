@@ -67,9 +67,12 @@ def _range(counts: list[int]) -> Range:
 def distances_from(topology: Topology, origin: str) -> dict[str, int]:
     """Hops from `origin` to each member that its knowledge can reach, teacher to student, over all edges that ever are."""
     hops, frontier = {origin: 0}, [origin]
+    num_members = len(topology.members)
     while frontier:
         following = []
         for teacher in frontier:
+            if len(hops) == num_members:  # what is left of a dense graph is by far the most of it
+                return hops
             for student in topology.students_of(teacher):
                 if student not in hops:
                     hops[student] = hops[teacher] + 1
@@ -178,11 +181,11 @@ def spectral_gap(topology: Topology) -> float | None:
     if count == 1:
         return 1.0
     num_exchanges = max(1, min(topology.period, int(MAX_GAP_OPERATIONS / (2 * count**3))))
-    # W keeps vectors of ones as they are. On what is orthogonal to them, its eigenvalues are the others.
-    basis = np.linalg.qr(np.hstack([np.ones((count, 1)), np.eye(count)[:, : count - 1]]))[0][:, 1:]
-    product, log_scale = np.eye(count - 1), 0.0
+    # W keeps vectors of ones as they are. With the mean taken off every column, that eigenvalue is 0, and all others stay.
+    product, log_scale = _without_means(mixing_matrix(topology, 0)), 0.0
     for index in range(num_exchanges):
-        product = basis.T @ mixing_matrix(topology, index) @ basis @ product
+        if index:
+            product = _without_means(mixing_matrix(topology, index) @ product)
         scale = float(np.abs(product).max())
         if scale < _VANISHED:  # all differences are gone, but for rounding
             return 1.0
@@ -192,3 +195,8 @@ def spectral_gap(topology: Topology) -> float | None:
     if radius < _VANISHED:
         return 1.0
     return max(0.0, 1.0 - float(np.exp((np.log(radius) + log_scale) / num_exchanges)))
+
+
+def _without_means(columns: Matrix) -> Matrix:
+    centred: Matrix = columns - columns.mean(axis=0)
+    return centred

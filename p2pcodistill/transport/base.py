@@ -97,9 +97,10 @@ class Transport(Protocol):
     def send(self, peer: str, lane: Lane, payload: Sequence[bytes]) -> bool:
         """Queue `payload` for `peer`; never blocks.
 
-        False when there is no session or no room in the queue, which is bounded in bytes for each peer. A control payload
-        for which there is no room ends the session, because the peer would miss it without knowing. Raises KeyError when
-        `peer` is none of this transport's peers and ValueError when `payload` is over the caps.
+        False when there is no session or no room in the queue, which is bounded for each peer: in bytes, if it is honest
+        about what it has received, else in payloads. A control payload for which there is no room ends the session, because
+        the peer would miss it without knowing. Raises KeyError when `peer` is none of this transport's peers and ValueError
+        when `payload` is over the caps.
         """
 
     def traffic(self) -> Mapping[str, Traffic]:

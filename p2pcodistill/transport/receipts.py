@@ -95,7 +95,11 @@ class Receipts:
             return 0.0
         return max(0.0, self._told_s + RECEIPT_INTERVAL_S - now_s)
 
-    def take(self, now_s: float) -> int:
+    @property
+    def num_bytes(self) -> int:
         """The number for a receipt that is sent now."""
-        self._num_told_bytes, self._told_s = self._num_bytes, now_s
         return self._num_bytes
+
+    def tell(self, now_s: float) -> None:
+        """That receipt was sent."""
+        self._num_told_bytes, self._told_s = self._num_bytes, now_s

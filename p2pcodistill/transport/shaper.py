@@ -73,8 +73,10 @@ class Shaper(Generic[Request]):
         self._links = {peer: TokenBucket(rate) for peer, rate in caps.link_bytes_s.items()}
         self._max_requests = max_requests
         self._waiting: dict[str, dict[Request, None]] = {}  # in order, and without duplicates
-        # What each peer was given; one that has just begun to ask counts like the least of the others.
+        # What each peer was given. One that has just begun to ask again counts like the one whose turn it was: it gets its
+        # share from now on, and nothing for the time in which it did not ask, however many ask just now.
         self._served_bytes: dict[str, int] = {}
+        self._turn_bytes = 0
 
     @property
     def is_capped(self) -> bool:
@@ -84,8 +86,7 @@ class Shaper(Generic[Request]):
     def add(self, peer: str, request: Request) -> bool:
         """Queue a request of `peer`, unless just this one waits already. False when too many do."""
         if peer not in self._waiting:
-            least_bytes = min((self._served_bytes[other] for other in self._waiting), default=0)
-            self._served_bytes[peer] = max(self._served_bytes.get(peer, 0), least_bytes)
+            self._served_bytes[peer] = max(self._served_bytes.get(peer, 0), self._turn_bytes)
         waiting = self._waiting.setdefault(peer, {})
         if request not in waiting and len(waiting) >= self._max_requests:
             return False
@@ -112,6 +113,7 @@ class Shaper(Generic[Request]):
 
     def finish(self, peer: str, request: Request) -> None:
         """A request was served, or cannot be."""
+        self._turn_bytes = max(self._turn_bytes, self._served_bytes.get(peer, 0))
         waiting = self._waiting.get(peer, {})
         waiting.pop(request, None)
         if not waiting:

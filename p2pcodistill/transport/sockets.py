@@ -19,7 +19,8 @@ from p2pcodistill.identity import Identity
 from p2pcodistill.transport.base import MAX_PART_BYTES, is_ip_literal, split_address
 
 MAX_QUEUED_SENDS = 256
-"""Messages that libzmq holds for a connection that does not take them; gossip's credit in bytes stays far below."""
+"""Messages that libzmq holds for a connection that does not take them. What has no receipt is bounded in bytes, far below;
+a member that sends receipts for what it has not taken can fill this with the largest chunks, 1 GiB."""
 MAX_QUEUED_RECEIVES = 16
 _CURVE_OVERHEAD_BYTES = 64
 

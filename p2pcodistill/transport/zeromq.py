@@ -32,6 +32,7 @@ from p2pcodistill.errors import (
     AddressError,
     MalformedError,
     RefusedError,
+    RevokedError,
     UnknownPeerError,
     UnresolvedError,
 )
@@ -52,7 +53,7 @@ from p2pcodistill.transport.base import (
 )
 from p2pcodistill.transport.channels import Channel, Drop, PeerChannels, Pick, Step
 from p2pcodistill.transport.inbox import Inbox
-from p2pcodistill.transport.receipts import Deliveries
+from p2pcodistill.transport.receipts import RECEIPT_INTERVAL_S, Deliveries
 from p2pcodistill.transport.refusals import RefusalLog
 from p2pcodistill.transport.sockets import (
     Route,
@@ -70,6 +71,7 @@ MAX_INBOX_BYTES = 8 << 20
 FRAME_ENVELOPE_BYTES = 42
 """What CURVE and ZMTP add to each part of a message (7 less for one below 256 bytes)."""
 _MAX_FORMER_ROUTES = 64
+_MIN_VIEW_BYTES = 32 << 10
 _NEVER_MS = 3_600_000
 """A channel is its two connections and ends with them. (-1, or `immediate`, would throw away what has not been read yet.)"""
 
@@ -122,8 +124,9 @@ class ZeroMQTransport:
                     raise AddressError(f"the address of {name}: {error}") from None
         self._identity = identity
         self._endpoints = dict(peers)
-        self._timing = timing or Timing()
         self._denied = set(denied)
+        self._dials_change = {name: asyncio.Event() for name in peers}
+        self._timing = timing or Timing()
         self._names = {z85.encode(peer.public.curve_key): name for name, peer in peers.items()}
         own_key = identity.public.curve_key
         self._peers = {
@@ -141,8 +144,6 @@ class ZeroMQTransport:
         self._num_received: Counter[str] = Counter()
         self._resources = ExitStack()
         self._runner: asyncio.Task[None] | None = None
-        self._diallers: dict[str, asyncio.Task[None]] = {}
-        self._make_dialler: Callable[[str, str], asyncio.Task[None]] | None = None
 
     # --- the Protocol ----------------------------------------------------------------------------------------------
 
@@ -200,31 +201,6 @@ class ZeroMQTransport:
             link.round_trip_s,
         )
 
-    # --- the allow-list, while open ----------------------------------------------------------------------------------
-
-    def deny(self, peer: str) -> None:
-        """Take the key of `peer` off the allow-list: its session ends, and it is refused from now on. What was sent to it
-        before gets a moment to leave."""
-        self._denied.add(peer)
-        channels = self._peers[peer]
-        for channel in list(channels.channels):
-            channel.broken = channel.broken or _revoked(peer)
-        for channel in list(channels.channels):
-            self._say_bye(channel, is_broken=True)
-            self._take(channels.lose(channel, _revoked(peer)))
-        self._stop_dialling(peer)
-
-    def admit(self, peer: str) -> None:
-        """Put the key of `peer` on the allow-list again."""
-        self._denied.discard(peer)
-        self._redial(peer)
-
-    def move(self, peer: str, address: str | None) -> None:
-        """`peer` listens elsewhere, or dials us (None): a connection that there is stays. Raises AddressError."""
-        if address is not None:
-            check_address(address, listen=False)
-        self._endpoints[peer] = PeerEndpoint(self._endpoints[peer].public, address)
-
     async def close(self) -> None:
         """See `Transport.close`. Holds the loop for at most `Timing.flush_s`, if a peer does not take its last messages."""
         self._inbox.fail(RuntimeError("the transport is closed"))
@@ -235,6 +211,32 @@ class ZeroMQTransport:
             self._runner.cancel()
             await asyncio.wait([self._runner])
         self._resources.close()
+
+    # --- the list of peers, while open -----------------------------------------------------------------------------
+
+    def deny(self, peer: str) -> None:
+        """Take the key of `peer` off the allow-list: its session ends, behind what was sent to it, and it is refused."""
+        self._denied.add(peer)
+        channels = self._peers[peer]
+        for channel in sorted(channels.channels, key=lambda channel: channel is channels.in_use):
+            self._take(
+                channels.lose(channel, _revoked(peer))
+            )  # the one in use last: no other takes its place
+
+    def admit(self, peer: str) -> None:
+        """Put the key of `peer` on the allow-list again."""
+        self._denied.discard(peer)
+        self._dials_change[peer].set()
+
+    def move(self, peer: str, address: str | None) -> None:
+        """`peer` listens at `address` now, or dials us (None). A session that there is goes on. Raises AddressError."""
+        if address is not None:
+            check_address(address, listen=False)
+        self._endpoints[peer] = PeerEndpoint(self._endpoints[peer].public, address)
+        channels = self._peers[peer]
+        for channel in [c for c in channels.channels if c.dialled and not c.complete]:
+            self._take(channels.lose(channel, f"the address of {peer} has changed"))
+        self._dials_change[peer].set()
 
     # --- tasks -----------------------------------------------------------------------------------------------------
 
@@ -251,9 +253,8 @@ class ZeroMQTransport:
                 tasks.create_task(self._watch_router(monitor), name="watch-router")
                 tasks.create_task(self._read_router(router), name="read-router")
                 tasks.create_task(self._keep_alive(), name="keep-alive")
-                for peer, endpoint in self._endpoints.items():
-                    if endpoint.address is not None:
-                        tasks.create_task(self._dial(context, peer, endpoint.address), name=f"dial-{peer}")
+                for peer in self._endpoints:
+                    tasks.create_task(self._dial(context, peer), name=f"dial-{peer}")
         except Exception as error:  # whoever waits for an event must learn that none will come
             self._inbox.fail(error)
         finally:
@@ -265,12 +266,16 @@ class ZeroMQTransport:
         while True:
             _, request_id, _, address, _, _, key = await zap.recv_multipart()
             user_id = z85.encode(key)
-            if user_id not in self._names:
+            name = self._names.get(user_id)
+            if name is None:
                 who = f"{address.decode()} tried to connect with the key {key.hex()[:8]}…"
                 self._refuse(
                     None, UnknownPeerError.reason, f"{who}, which is not on this site's list of peers"
                 )
-            await answer_zap(zap, request_id, user_id if user_id in self._names else None)
+            elif name in self._denied:
+                self._refuse(name, RevokedError.reason, _revoked(name))
+            is_admitted = name is not None and name not in self._denied
+            await answer_zap(zap, request_id, user_id if is_admitted else None)
             await asyncio.sleep(0)  # what is ready does not yield, and others want their turn
 
     async def _watch_router(self, monitor: zmq.asyncio.Socket) -> None:
@@ -304,11 +309,14 @@ class ZeroMQTransport:
                 else:
                     self._take(channels.expire(now_s, timing.silence_timeout_s))
 
-    async def _dial(self, context: zmq.asyncio.Context, peer: str, address: str) -> None:
-        """Keep a channel to `peer`, one dial after the other."""
+    async def _dial(self, context: zmq.asyncio.Context, peer: str) -> None:
+        """Keep a channel to `peer`, one dial after the other, while it has an address and is not denied."""
         backoff = Backoff(self._timing.min_redial_s, self._timing.max_redial_s, self._rng)
         last_refusal = told_refusal = None
         for attempt in itertools.count():
+            while (address := self._endpoints[peer].address) is None or peer in self._denied:
+                self._dials_change[peer].clear()
+                await self._dials_change[peer].wait()
             dial = await self._dial_once(context, peer, address, attempt)
             # Told at the second time in a row: a peer that is just going down does not refuse us.
             if dial.refusal is None:
@@ -327,6 +335,8 @@ class ZeroMQTransport:
         dial = _Dial(self._make_channel(peer, os.urandom(wire.ID_BYTES), dialled=True))
         if target is None:
             dial.refusal, dial.reason = _unresolved(peer, address), UnresolvedError.reason
+            return dial
+        if peer in self._denied:  # since the name was looked up
             return dial
         channels = self._peers[peer]
         with ExitStack() as resources:
@@ -404,6 +414,11 @@ class ZeroMQTransport:
         if known is not None:
             self._on_message(*known, frames)
             return
+        if peer in self._denied:  # on a connection that was admitted before
+            if routing_id not in self._former_routes:
+                self._refuse(peer, RevokedError.reason, _revoked(peer))
+            send_now(route, [wire.BYE])
+            return
         header = self._decode_header(peer, frames)
         if isinstance(header, wire.Greeting):
             self._on_new_lane(peer, route, header)
@@ -462,7 +477,7 @@ class ZeroMQTransport:
             self._refuse(channel.peer, error.reason, f"{channel.peer} sent {error}")
             return
         if channel is self._peers[channel.peer].in_use:  # else it is late: its session is over
-            self._inbox.put(Received(channel.peer, lane, tuple(part.bytes for part in parts)))
+            self._inbox.put(Received(channel.peer, lane, tuple(map(_content, parts))))
 
     def _on_receipt(self, channel: Channel, num_bytes: int) -> None:
         try:
@@ -518,9 +533,12 @@ class ZeroMQTransport:
             return
         wait_s = channel.receipts.wait_s(self._now_s())
         if wait_s == 0.0:
-            receipt = wire.Receipt(channel.receipts.take(self._now_s()))
-            self._put(channel, Lane.CONTROL, [wire.encode_receipt(receipt)])
-        elif wait_s is not None:
+            receipt = wire.encode_receipt(wire.Receipt(channel.receipts.num_bytes))
+            if self._put(channel, Lane.CONTROL, [receipt]):
+                channel.receipts.tell(self._now_s())
+                return
+            wait_s = RECEIPT_INTERVAL_S  # there was no room for it
+        if wait_s is not None:
             channel.receipt_is_due = True
             asyncio.get_running_loop().call_later(wait_s, self._send_due_receipt, channel)
 
@@ -547,8 +565,17 @@ class ZeroMQTransport:
         return asyncio.get_running_loop().time()
 
 
+def _content(frame: zmq.Frame) -> bytes:
+    """What a part holds. A large one is not copied: what it is needed for (hash, write) takes a view as well."""
+    return frame.bytes if len(frame) < _MIN_VIEW_BYTES else cast(bytes, frame.buffer)
+
+
 def _num_bytes(frames: Iterable[zmq.Frame]) -> int:
     return sum(map(len, frames))
+
+
+def _revoked(peer: str) -> str:
+    return f"the key of {peer} is revoked here"
 
 
 def _unresolved(peer: str, address: str) -> str:

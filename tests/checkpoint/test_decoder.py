@@ -20,9 +20,15 @@ from p2pcodistill.checkpoint.decoder import decode_frame, read_codes
 from p2pcodistill.checkpoint.encoder import FrameEncoder, encode_reference_keyframe
 from p2pcodistill.checkpoint.quantize import ALPHABETS, BLOCK_ELEMENTS
 from p2pcodistill.checkpoint.reference import Reference, raw_bytes
-from p2pcodistill.checkpoint.snapshot import Snapshot
+from p2pcodistill.checkpoint.snapshot import Schema, Snapshot
 from p2pcodistill.config import FramesConfig
-from p2pcodistill.errors import ChecksumError, MalformedError, NonFiniteError, OversizedError
+from p2pcodistill.errors import (
+    ChecksumError,
+    MalformedError,
+    NonFiniteError,
+    OversizedError,
+    SchemaMismatchError,
+)
 
 MAX_BYTES = 1_000_000
 DELTAS = ["ternary", "3-bit", "4-bit", "8-bit", "lossless"]
@@ -156,6 +162,34 @@ def test_a_delta_frame_of_another_model_is_refused(change: Callable[[Parts], obj
     frames = make_chain()
     with pytest.raises(MalformedError, match="than its base"):
         decode_frame(edit(frames[1], change), decode(frames[:1]), max_bytes=MAX_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "aliases", "match"),
+    [
+        (
+            "weights",
+            ("float32", (50, 60)),
+            {"tied": "weights"},
+            r"'weights' is \(60, 50\) there and \(50, 60\) here",
+        ),
+        ("gain", ("float32", (60,)), {"tied": "weights"}, r"'gain' is missing there and \(60,\) here"),
+        ("weights", ("float64", (60, 50)), {"tied": "weights"}, "dtypes or ties"),
+        ("weights", ("float32", (60, 50)), {}, "dtypes or ties"),
+    ],
+)
+def test_a_keyframe_of_another_model_is_refused_before_its_pieces_are_looked_at(
+    name: str, spec: tuple[str, tuple[int, ...]], aliases: dict[str, str], match: str
+) -> None:
+    keyframe = make_chain(num=1)[0]
+    ours = decode([keyframe]).schema
+    assert decode_frame(keyframe, None, max_bytes=MAX_BYTES, schema=ours).step == 0
+    rotten = put_piece(keyframe, 0, 0, b"no piece at all")
+    with pytest.raises(MalformedError):
+        decode_frame(rotten, None, max_bytes=MAX_BYTES, schema=ours)
+    other = Schema({**ours.tensors, name: spec}, aliases)
+    with pytest.raises(SchemaMismatchError, match=match):
+        decode_frame(rotten, None, max_bytes=MAX_BYTES, schema=other)
 
 
 # --- contents --------------------------------------------------------------------------------------------------------

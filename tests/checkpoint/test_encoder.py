@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from p2pcodistill.checkpoint import encoder as encoder_module
+from p2pcodistill.checkpoint import pieces
 from p2pcodistill.checkpoint.decoder import decode_frame
 from p2pcodistill.checkpoint.encoder import FrameEncoder, encode_reference_keyframe
 from p2pcodistill.checkpoint.frames import read_header
+from p2pcodistill.checkpoint.quantize import Quantizer
 from p2pcodistill.checkpoint.snapshot import Snapshot, take_snapshot
 from p2pcodistill.config import FramesConfig
 from p2pcodistill.errors import ChecksumError, NonFiniteError
@@ -328,3 +331,68 @@ def test_models_of_nothing_but_odd_tensors():
         reference = decode_frame(sink.getvalue(), reference, max_bytes=MAX_BYTES)
         assert_same(reference, encoder.reference)
     assert reference.tensors["scalar"].item() == 3.5
+
+
+@pytest.mark.parametrize("size", [1e16, 1e19, 3e38])
+@pytest.mark.parametrize("where", ["everywhere", "one row"])
+@pytest.mark.parametrize("keyframe", ["fp16", "bf16"])
+@pytest.mark.parametrize("delta", ["adaptive", "ternary", "3-bit"])
+def test_a_student_that_was_huge_once_comes_back(delta, keyframe, where, size):
+    encoder = FrameEncoder(FramesConfig(delta=delta, keyframe=keyframe))
+    torch.manual_seed(0)
+    weights = torch.randn(200, 1024)
+    huge = weights.clone()
+    huge[slice(None) if where == "everywhere" else slice(150, 151)] = size
+    held = None
+    for step, tensor in enumerate([huge, weights, weights + 0.01, weights + 0.02]):
+        sink = io.BytesIO()
+        frame = encoder.encode(Snapshot(step, {"w": tensor.clone()}, {}), sink)
+        assert frame.base_step == (step - 1 if step else None)
+        held = decode_frame(sink.getvalue(), held, max_bytes=MAX_BYTES)
+        assert_same(held, encoder.reference)
+    assert float((held.tensors["w"].float() - tensor).abs().max()) < 0.1
+    kinds = [
+        entry.encoding for entry in read_header(memoryview(sink.getvalue()), max_bytes=MAX_BYTES).entries
+    ]
+    assert kinds != ["exact"], "small numbers travel as codes again"
+
+
+def test_one_quantizer_a_device_codes_all_tensors_of_all_frames(model, monkeypatch):
+    """Its buffers are megabytes, and a bundle may hold tensors of several devices: each is coded where it is."""
+    devices = []
+
+    def make(device):
+        devices.append(device)
+        return Quantizer(device)
+
+    monkeypatch.setattr(pieces, "Quantizer", make)
+    encoder = FrameEncoder(FramesConfig(delta="ternary"))
+    for step in range(4):
+        encode(encoder, model, step)
+        train_a_bit(model)
+    assert devices == [torch.device("cpu")]
+
+
+def test_keyframes_of_8_bits_are_not_cast_to_fp16_first(model, monkeypatch):
+    scanned = []
+    scan_tensor = encoder_module.scan_tensor
+
+    def scan(tensor, source):
+        scanned.append(tuple(tensor.shape))
+        return scan_tensor(tensor, source)
+
+    monkeypatch.setattr(encoder_module, "scan_tensor", scan)
+    _, data = encode(FrameEncoder(FramesConfig(keyframe="int8")), model, 0)
+    entries = read_header(memoryview(data), max_bytes=MAX_BYTES).entries
+    assert {entry.encoding for entry in entries} == {"exact", "int8"}
+    assert scanned == [entry.shape for entry in entries if entry.encoding == "exact"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_keyframe_of_8_bits_with_a_number_that_is_not_finite_writes_nothing(bad):
+    tensors = {"first": torch.randn(50, 40), "last": torch.randn(3000, 200)}
+    tensors["last"][-1, -1] = bad
+    sink = io.BytesIO()
+    with pytest.raises(NonFiniteError, match="last"):
+        FrameEncoder(FramesConfig(keyframe="int8")).encode(Snapshot(0, tensors, {}), sink)
+    assert not sink.getvalue()

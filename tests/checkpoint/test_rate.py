@@ -63,6 +63,24 @@ def test_what_the_links_carry_bounds_a_frame_that_wants_more_and_no_other():
     assert budgeted.plan([sample], 1000) == limited
 
 
+@pytest.mark.parametrize("limit", [0, 1000, 16_500])
+@pytest.mark.parametrize("delta", ["adaptive", "3-bit", "8-bit"])
+def test_one_element_that_moves_far_beyond_all_levels_has_a_plan_under_any_limit(delta, limit):
+    """No alphabet of several levels reaches it, and the exact tensors alone are over the limit."""
+    encoder = FrameEncoder(FramesConfig(delta=delta))
+    generator = torch.Generator().manual_seed(0)
+    weights, running_mean = torch.randn(1024, 1024, generator=generator), torch.randn(4000)
+    buffers = frozenset({"mean"})
+    encoder.encode(Snapshot(0, {"w": weights.clone(), "mean": running_mean}, {}, buffers), io.BytesIO())
+    weights[0, 5] += 3.0
+    encoder.limit(limit)
+    frame = encoder.encode(Snapshot(1, {"w": weights, "mean": running_mean + 1}, {}, buffers), io.BytesIO())
+    assert frame.base_step == 0
+    assert frame.num_bytes < 20_000
+    before = float(weights[0, 5]) - 3.0
+    assert abs(float(encoder.reference.tensors["w"][0, 5]) - before) > 0.1, "it is on its way"
+
+
 def test_a_small_change_is_followed_though_the_target_is_met_without():
     plan = plan_for(*make_pair(0.01), target_error=0.1)
     assert plan.left_share <= MAX_LEFT_SHARE

@@ -66,7 +66,7 @@ def test_other_dtypes_and_nothing_at_all() -> None:
 
 
 @pytest.mark.parametrize("source_dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(0,), (0, 7), (), (1,), (511, 3), (16, 1024), (129, 1021)])
+@pytest.mark.parametrize("shape", [(0,), (0, 7), (), (1,), (512,), (513,), (511, 3), (16, 1024), (129, 1021)])
 def test_a_scan_casts_and_sums_what_it_cast(source_dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     source = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(source_dtype)
     tensor = torch.empty(shape, dtype=torch.float16)
@@ -84,3 +84,26 @@ def test_large_new_tensors_are_like_any_other(monkeypatch: pytest.MonkeyPatch) -
             assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
             tensor.fill_(1)
     assert empty_tensor((1000, 3), torch.float16, torch.device("meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.complex128])
+def test_tiny_tensors_have_their_checksum_without_the_buffers_of_large_ones(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frame may hold tens of thousands of them."""
+    lengths = [0, 1, 7, 1024 // dtype.itemsize - 1, 1024 // dtype.itemsize]
+    tensors = [(1000 * torch.randn(length)).to(dtype) for length in lengths]
+    expected = [checksum_of([raw_bytes(tensor).numpy().tobytes()]) for tensor in tensors]
+    monkeypatch.setattr(module, "_Checksum", None)
+    assert [checksum_tensor(tensor) for tensor in tensors] == expected
+    assert [scan_tensor(tensor).checksum for tensor in tensors] == expected
+
+
+def test_a_view_of_odd_bytes_is_summed_up_but_not_filled() -> None:
+    """Its words would be those of a copy that was made before it was filled."""
+    memory = torch.empty(2 * 3001, dtype=torch.uint8)
+    view = memory[2:].view(torch.float16)
+    view.copy_(torch.arange(3000))
+    assert scan_tensor(view).checksum == checksum_tensor(torch.arange(3000).half())
+    with pytest.raises(AssertionError, match="what is filled"):
+        scan_tensor(view, torch.ones(3000))

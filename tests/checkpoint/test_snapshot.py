@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from p2pcodistill.checkpoint.snapshot import schema_hash, take_snapshot
+from p2pcodistill.checkpoint.snapshot import dtype_name, schema_hash, schema_of, take_snapshot
 
 
 class TiedModel(nn.Module):
@@ -160,3 +160,13 @@ class ExtraState(nn.Linear):
 def test_state_that_is_no_tensor_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match="_extra_state"):
         take_snapshot(nn.Sequential(ExtraState(2, 2)), step=1)
+
+
+def test_the_schema_of_a_model_is_that_of_its_snapshots() -> None:
+    model = TiedModel()
+    snapshot, schema = take_snapshot(model, 0), schema_of(model)
+    assert schema.aliases == snapshot.aliases == {"head.weight": "embed.weight"}
+    assert schema.tensors == {
+        name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in snapshot.tensors.items()
+    }
+    schema.check(schema_of(TiedModel()))

@@ -22,6 +22,7 @@ from p2pcodistill.checkpoint.manifest import (
     Manifest,
     SignedManifest,
     Version,
+    digest_chunk,
     digest_chunks,
     sign_manifest,
 )
@@ -767,3 +768,22 @@ def test_a_read_error_that_is_no_damage_is_not_taken_for_damage(
             store.read_chunk(stored.signed.frame_id, 0)
     assert num_faults == 1
     assert read_frame(store, stored) is not None
+
+
+def test_a_frame_of_this_life_is_not_hashed_again_on_reading_unless_it_was_touched(
+    store: FrameStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = fetch(store, 50)
+    num_hashed = 0
+
+    def count(data: bytes) -> bytes:
+        nonlocal num_hashed
+        num_hashed += 1
+        return digest_chunk(data)
+
+    monkeypatch.setattr("p2pcodistill.checkpoint.store.digest_chunk", count)
+    before = read_frame(store, fetched)
+    assert before is not None and num_hashed == 0
+    os.utime(fetched.path)  # somebody touched it
+    assert read_frame(store, fetched) == before
+    assert num_hashed == fetched.signed.manifest.num_chunks

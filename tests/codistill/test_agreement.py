@@ -42,6 +42,7 @@ def test_a_round_ends_once() -> None:
         st.tuples(NUMBERS, NUMBERS, st.text(max_size=1000), CHAINS.map(tuple)),
     ),
     stop_requested=st.booleans(),
+    revoked=st.frozensets(st.sampled_from(TEACHERS)),
     announced=st.dictionaries(st.sampled_from(TEACHERS), st.tuples(NUMBERS, NUMBERS)),
     votes=st.tuples(st.sampled_from(Vote), st.sampled_from(Vote)),
     ages=st.tuples(*[st.builds(Ages, st.floats(0, 1e9), st.floats(0, 1e9))] * 2),
@@ -50,12 +51,18 @@ def test_a_round_ends_once() -> None:
 def test_bulletin_votes_and_tally_arrive_as_they_were(
     offers: dict[str, tuple[int, int, str, tuple[ChainFile, ...]]],
     stop_requested: bool,
+    revoked: frozenset[str],
     announced: dict[str, tuple[int, int]],
     votes: tuple[Vote, Vote],
     ages: tuple[Ages, Ages],
     counts: list[int],
 ) -> None:
-    inbox = Inbox({name: Offer(name, *offer) for name, offer in offers.items()}, stop_requested, announced)
+    inbox = Inbox(
+        {name: Offer(name, *offer) for name, offer in offers.items()},
+        stop_requested,
+        announced,
+        revoked=revoked,
+    )
     votes_by_name, ages_by_name = (
         dict(zip(TEACHERS, votes, strict=True)),
         dict(zip(TEACHERS, ages, strict=True)),

@@ -110,7 +110,9 @@ def test_masked_classes_are_healthy_and_teach_as_without_a_gate(
             assert all(one.is_sound for one in watched.values()) and gate.judge(gate.take_tally()) == []
             weights, factor = keep_sound(weights, [one.is_sound for one in watched.values()])
             teachers = [one.logits for one in watched.values()]
-        psi = distillation_loss(predictions[0], teachers, weights, loss=loss, aggregation=aggregation) * factor
+        psi = (
+            distillation_loss(predictions[0], teachers, weights, loss=loss, aggregation=aggregation) * factor
+        )
         [gradient] = torch.autograd.grad(psi, student)
         assert torch.isfinite(psi) and torch.isfinite(gradient).all() and gradient.any()
         results.append((psi.detach(), gradient))
@@ -499,6 +501,7 @@ def test_what_has_not_arrived_from_the_device_is_told_by_a_later_tally(
     Arrival.has_happened = True
     assert num_run() == [1, 1]
     run(3)
+    Arrival.has_happened = True
     assert num_run() == [0, 0]
     gate._forget("a")  # what is on its way has led to a verdict on it
     Arrival.has_happened = True

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from p2pcodistill.checkpoint.manifest import Version
 from p2pcodistill.checkpoint.reference import Reference
 from p2pcodistill.codistill.codistiller import Codistiller
 from p2pcodistill.codistill.exchange import ChainFile, Inbox, MemoryBoard, Offer
@@ -43,7 +44,8 @@ class Teachers:
 
     def __init__(self, **models: nn.Module) -> None:
         self.events: list[Event] = []
-        self.announced: dict[str, tuple[int, int]] = {}
+        self.announced: dict[str, Version] = {}
+        self.known_ages_s: dict[str, dict[Version, float]] = {}
         self._offers: dict[str, Offer] = {}
         self._references: dict[str, Reference] = {}
         for name, model in models.items():
@@ -58,7 +60,7 @@ class Teachers:
         pass
 
     def inbox(self) -> Inbox:
-        return Inbox(dict(self._offers), announced=dict(self.announced))
+        return Inbox(dict(self._offers), announced=dict(self.announced), known_ages_s=self.known_ages_s)
 
     def prepare(self, offer: Offer) -> Future[Reference]:
         future: Future[Reference] = Future()
@@ -199,10 +201,10 @@ def aging(exchange: Teachers, clock: Clock, **config: Any) -> tuple[Codistiller,
 def test_a_stale_teacher_rests_until_its_newer_version_is_here() -> None:
     exchange = Teachers(a=linear(1), b=linear(2))
     codistiller, model = aging(exchange, Clock(), max_staleness_steps=50)
-    exchange.announced["a"] = (0, 60)
+    exchange.announced["a"] = Version(0, 60)
     updates(codistiller, model, 2)
     assert codistiller.teacher_weights == {"a": 0.5, "b": 0.5}, "50 steps are within the limit"
-    exchange.announced["a"] = (0, 61)
+    exchange.announced["a"] = Version(0, 61)
     updates(codistiller, model, 2)
     assert codistiller.teacher_weights == {"b": 1.0}
     [expired] = exchange.all(TeacherExpired)
@@ -245,7 +247,7 @@ def test_weights_follow_age() -> None:
     updates(codistiller, model, 3)
     # a is 60 s old, b new: 1/2 against 1.
     assert codistiller.teacher_weights == pytest.approx({"a": 1 / 3, "b": 2 / 3})
-    exchange.announced["b"] = (0, 30)
+    exchange.announced["b"] = Version(0, 30)
     clock.now_s += 600
     updates(codistiller, model, 2)
     assert codistiller.teacher_weights == pytest.approx({"a": 1 / 3, "b": 2 / 3}), "they grow old together"
@@ -254,7 +256,7 @@ def test_weights_follow_age() -> None:
 def test_an_age_starts_when_a_version_is_announced_not_when_it_arrives() -> None:
     exchange, clock = Teachers(a=linear(1), b=linear(2)), Clock()
     codistiller, model = aging(exchange, clock, age_half_life_s=60.0)
-    exchange.announced["a"] = (0, 20)
+    exchange.announced["a"] = Version(0, 20)
     updates(codistiller, model, 1)
     clock.now_s += 120  # a slow link
     exchange.offer("a", linear(1), 20)
@@ -282,6 +284,30 @@ def test_ages_and_limits_outlive_a_restart() -> None:
     restarted_clock.now_s += 2
     updates(resumed, model, 2)
     assert resumed.teacher_weights == {}, "nor any younger for it"
+
+
+def test_a_crash_after_a_training_checkpoint_makes_nobody_young() -> None:
+    exchange, clock = Teachers(a=linear(1), b=linear(2)), Clock()
+    codistiller, model = aging(exchange, clock, max_age_s=100.0)
+    saved = codistiller.state_dict()
+    exchange.offer("a", linear(3), 20)
+    updates(codistiller, model, 2)
+    clock.now_s += 99
+    # The ranks crash here. The node has heard of the newer version of a, which is on offer, when they did.
+    exchange.known_ages_s = {"a": {Version(0, 20): 99.0}}
+    resumed = Codistiller(
+        model,
+        EACH_STEP.model_copy(update={"max_age_s": 100.0}),
+        exchange=exchange,
+        teachers=[{"a": 1.0}],
+        clock=(restarted_clock := Clock(5.0)),
+    )
+    resumed.load_state_dict(saved)
+    assert resumed.teacher_versions == {"a": (0, 20)} and resumed.teacher_weights == {"a": 1.0}
+    exchange.known_ages_s = {"a": {Version(0, 20): 101.0}}
+    restarted_clock.now_s += 2
+    updates(resumed, model, 2)
+    assert resumed.teacher_weights == {}
 
 
 # --- the gate ------------------------------------------------------------------------------------------------------

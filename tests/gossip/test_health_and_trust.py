@@ -198,7 +198,7 @@ def test_nobody_passes_on_what_a_revoked_member_signed(sites: Any) -> None:
     frame = sites.frame("tokyo", 1)
     lima.receive("berlin", Announce(frame.signed.body, frame.signed.signature))
 
-    assert not lima.versions_announced() and lima.refusals() == [("berlin", "unknown-peer")]
+    assert not lima.versions_announced() and not lima.refusals(), "berlin need not know"
 
 
 def test_a_revoked_member_is_served_nothing_and_not_waited_for(sites: Any) -> None:

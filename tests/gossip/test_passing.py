@@ -11,6 +11,7 @@ from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES, Version
 from p2pcodistill.gossip.messages import Announce, CatchUp, Chunk, Follow, Gone, Have, NoPath, Unfollow
 from p2pcodistill.gossip.protocol import FrameLost, TrainingFinished
 from p2pcodistill.gossip.relay import MAX_RELAYED_ORIGINS, RELAY_GRACE_S
+from p2pcodistill.gossip.sharing import LAZY_S
 
 STUDENTS_OF = {"tokyo": ("berlin", "lima", "oslo")}
 RELAY_AFTER_S = 10.0
@@ -73,6 +74,66 @@ def test_a_frame_is_had_from_another_student_when_its_origin_is_gone(sites: Any)
     assert lima.store.held("tokyo") == Version(1, 3)
     assert lima.offered[-1] == chain[-1].signed
     assert not lima.refusals() and not berlin.refusals()
+
+
+def announcements_between_students(net: Any) -> list[tuple[str, str]]:
+    return [
+        link
+        for link, messages in net.history.items()
+        if "tokyo" not in link and any(isinstance(message, Announce) for message in messages)
+    ]
+
+
+def test_of_a_frame_of_one_chunk_students_tell_each_other_now_and_then_only(sites: Any) -> None:
+    tokyo = teacher(sites)
+    net = sites.net(tokyo, *(student(sites, name) for name in STUDENTS_OF["tokyo"]))
+    net.settle()
+    net.wait(1.0)
+    for step in range(1, 4):
+        tokyo.publish(sites.frame("tokyo", step, num_chunks=1))
+        net.settle()
+        net.wait((LAZY_S - 1.0) / 3)
+    assert announcements_between_students(net) == []
+
+    net.wait(1.0)
+
+    assert len(announcements_between_students(net)) == 6
+    net.history.clear()
+    net.wait(LAZY_S)
+    assert announcements_between_students(net) == [], "everybody knows"
+
+
+def test_what_students_have_is_told_at_once_when_the_origin_cannot_be_reached(sites: Any) -> None:
+    tokyo, berlin, lima = teacher(sites), student(sites, "berlin"), student(sites, "lima")
+    net = sites.net(tokyo, berlin, lima, apart=[("tokyo", "lima")])
+    net.settle()
+    tokyo.publish(sites.frame("tokyo", 1, num_chunks=1))
+    net.settle()
+    assert lima.store.held("tokyo") is None
+
+    net.cut("tokyo", "berlin")
+    net.settle()
+
+    assert lima.store.held("tokyo") == Version(1, 1)
+
+
+def test_who_cannot_reach_the_origin_follows_a_student_or_is_told_in_the_end(sites: Any) -> None:
+    for relay, seconds in ((True, RELAY_AFTER_S), (False, LAZY_S)):
+        tokyo, lima = teacher(sites), student(sites, "lima")
+        net = sites.net(tokyo, student(sites, "berlin", relay=relay), lima, apart=[("tokyo", "lima")])
+        net.settle()
+        net.wait(0.0)
+        tokyo.publish(sites.frame("tokyo", 1, num_chunks=1))
+        net.settle()
+        net.wait(seconds - 1.0)
+        assert lima.store.held("tokyo") is None
+
+        net.wait(1.0)
+
+        assert lima.store.held("tokyo") == Version(1, 1)
+        tokyo.publish(sites.frame("tokyo", 2, num_chunks=1))
+        net.settle()
+        assert lima.store.held("tokyo") == Version(1, 2 if relay else 1), "a follower is told at once"
 
 
 def test_what_a_holder_cannot_answer_it_says(sites: Any) -> None:

@@ -30,6 +30,7 @@ from p2pcodistill.gossip.protocol import (
     FetchRefused,
     FrameStored,
     IncarnationRaised,
+    MemberRevoked,
     OfferFrame,
     PayloadReceived,
     PeerClosed,
@@ -642,6 +643,27 @@ def test_the_students_have_finished_when_each_has_said_so(sites: Any) -> None:
     node.receive("lima", Finished())
 
     assert node.gossip.students_finished
+
+
+def test_the_teachers_are_told_when_each_has_a_session_or_has_finished_itself(sites: Any) -> None:
+    node = sites.node("berlin", teachers=("tokyo", "lima", "oslo"))
+    connect(node, "tokyo")
+    connect(node, "lima")
+    node.receive("lima", Finished())
+    node.feed(TrainingFinished())
+    assert not node.gossip.teachers_told, "oslo is not there"
+
+    node.feed(PeerOpened("oslo"))
+    assert not node.gossip.teachers_told, "it has not said hello"
+    connect(node, "oslo")
+    assert ("oslo", Finished()) in node.take_messages()
+    node.feed(PeerClosed("lima", "it is done"))
+    assert node.gossip.teachers_told
+
+    node.feed(PeerClosed("tokyo", "the line broke"))
+    assert not node.gossip.teachers_told, "it may not have heard"
+    node.feed(MemberRevoked("tokyo", "gone"))
+    assert node.gossip.teachers_told
 
 
 def test_a_site_without_students_waits_for_nobody(student: Any) -> None:

@@ -35,9 +35,11 @@ def test_what_is_held_of_each_origin_can_be_wanted(sites: Any) -> None:
     hold(serving, second, third, now_s=0.0)
 
     frames = (first, second, third, other)
-    wanted = [serving.want(f"reader {i}", Want(frame.frame_id, (0, 2))) for i, frame in enumerate(frames)]
+    wanted = [
+        serving.want(f"reader {i}", Want(frame.frame_id, (0, 2)), 0.0) for i, frame in enumerate(frames)
+    ]
     assert wanted == [False, True, True, True]
-    assert not serving.want("lima", Want("00" * 32, (0,)))
+    assert not serving.want("lima", Want("00" * 32, (0,)), 0.0)
 
 
 def test_chunks_that_a_frame_does_not_have_are_malformed(sites: Any) -> None:
@@ -45,7 +47,7 @@ def test_chunks_that_a_frame_does_not_have_are_malformed(sites: Any) -> None:
     serving = holding(frame)
 
     with pytest.raises(MalformedError, match="lima wants chunk 3 of a frame with 3"):
-        serving.want("lima", Want(frame.frame_id, (2, 3)))
+        serving.want("lima", Want(frame.frame_id, (2, 3)), 0.0)
     assert serving.in_use(0.0) == ()
 
 
@@ -54,9 +56,9 @@ def test_more_than_a_window_at_once_is_malformed(sites: Any) -> None:
     serving = holding(frame)
 
     with pytest.raises(MalformedError, match="lima wants more than 65536 bytes at once"):
-        serving.want("lima", Want(frame.frame_id, (0, 1, 2, 3, 4)))
+        serving.want("lima", Want(frame.frame_id, (0, 1, 2, 3, 4)), 0.0)
     assert serving.in_use(0.0) == ()
-    assert serving.want("lima", Want(frame.frame_id, (0, 2, 3, 4)))
+    assert serving.want("lima", Want(frame.frame_id, (0, 2, 3, 4)), 0.0)
 
 
 @pytest.mark.parametrize(("num_spare_bytes", "is_served"), [(1000, True), (999, False)])
@@ -66,40 +68,40 @@ def test_a_short_last_chunk_counts_as_what_it_is(sites: Any, num_spare_bytes: in
 
     want = Want(frame.frame_id, (0, 1, 2))
     if is_served:
-        assert serving.want("lima", want)
+        assert serving.want("lima", want, 0.0)
     else:
         with pytest.raises(MalformedError, match="at once"):
-            serving.want("lima", want)
+            serving.want("lima", want, 0.0)
 
 
 def test_a_single_chunk_is_served_under_any_window(sites: Any) -> None:
     frame = sites.frame("berlin", 1)
     serving = holding(frame, window_bytes=1)
 
-    assert serving.want("lima", Want(frame.frame_id, (1,)))
+    assert serving.want("lima", Want(frame.frame_id, (1,)), 0.0)
     with pytest.raises(MalformedError, match=f"more than {MIN_CHUNK_BYTES} bytes"):
-        serving.want("lima", Want(frame.frame_id, (0, 1)))
+        serving.want("lima", Want(frame.frame_id, (0, 1)), 0.0)
 
 
 def test_a_reader_keeps_its_frame_until_it_wants_another(sites: Any) -> None:
     first, second, third = (sites.frame("berlin", step) for step in (1, 2, 3))
     serving = holding(first)
-    serving.want("lima", Want(first.frame_id, (0,)))
+    serving.want("lima", Want(first.frame_id, (0,)), 0.0)
 
     hold(serving, second, now_s=1000.0)
     assert serving.in_use(1000.0) == (first.frame_id,)
-    assert serving.want("lima", Want(first.frame_id, (1,)))
+    assert serving.want("lima", Want(first.frame_id, (1,)), 0.0)
 
-    serving.want("lima", Want(second.frame_id, (0,)))
+    serving.want("lima", Want(second.frame_id, (0,)), 0.0)
     assert serving.in_use(1000.0) == (second.frame_id,)
     hold(serving, third, now_s=1001.0)
-    assert not serving.want("lima", Want(first.frame_id, (1,)))
+    assert not serving.want("lima", Want(first.frame_id, (1,)), 0.0)
 
 
 def test_a_reader_that_left_keeps_its_frame_for_a_while(sites: Any) -> None:
     first, second, third = (sites.frame("berlin", step) for step in (1, 2, 3))
     serving = holding(first)
-    serving.want("lima", Want(first.frame_id, (0,)))
+    serving.want("lima", Want(first.frame_id, (0,)), 0.0)
     hold(serving, second, now_s=5.0)
 
     serving.close("lima", now_s=10.0)
@@ -108,15 +110,15 @@ def test_a_reader_that_left_keeps_its_frame_for_a_while(sites: Any) -> None:
     assert serving.in_use(10.0 + READER_GRACE_S) == ()
 
     hold(serving, third, now_s=10.0 + READER_GRACE_S)
-    assert not serving.want("lima", Want(first.frame_id, (1,)))
+    assert not serving.want("lima", Want(first.frame_id, (1,)), 0.0)
 
 
 def test_a_reader_that_comes_back_keeps_its_frame(sites: Any) -> None:
     frame = sites.frame("berlin", 1)
     serving = holding(frame)
-    serving.want("lima", Want(frame.frame_id, (0,)))
+    serving.want("lima", Want(frame.frame_id, (0,)), 0.0)
     serving.close("lima", now_s=0.0)
 
-    serving.want("lima", Want(frame.frame_id, (1,)))
+    serving.want("lima", Want(frame.frame_id, (1,)), 0.0)
 
     assert serving.in_use(10 * READER_GRACE_S) == (frame.frame_id,)

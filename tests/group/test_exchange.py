@@ -16,6 +16,7 @@ from torch import nn
 
 import p2pcodistill
 from p2pcodistill.checkpoint.encoder import FrameEncoder
+from p2pcodistill.checkpoint.manifest import Version
 from p2pcodistill.checkpoint.snapshot import take_snapshot
 from p2pcodistill.codistill.exchange import ChainFile, Offer
 from p2pcodistill.codistill.gate import MIN_PREDICTIONS
@@ -32,7 +33,7 @@ from p2pcodistill.group.link import (
     StopRequested,
     VersionKnown,
 )
-from p2pcodistill.telemetry import Evaluated, TeacherGated, TeacherSwapped
+from p2pcodistill.telemetry import Evaluated, TeacherGated, TeacherRefused, TeacherSwapped
 
 MAX_FRAME_BYTES = 1 << 20
 
@@ -148,6 +149,16 @@ def test_the_inbox_holds_the_newest_version_that_each_teacher_announced(spec: Gr
     exchange.close()
 
 
+def test_a_new_launch_is_told_when_the_node_has_heard_of_versions(spec: GroupSpec, stub_node) -> None:
+    stub_node.known = (VersionKnown("tokyo", 1, 50, 3600.0), VersionKnown("tokyo", 1, 60, 20.0))
+    exchange = GroupExchange(spec, is_lead=True, max_frame_bytes=MAX_FRAME_BYTES)
+    ages_s = exchange.inbox().known_ages_s["tokyo"]
+    assert list(ages_s) == [(1, 50), (1, 60)]
+    assert ages_s[Version(1, 50)] - ages_s[Version(1, 60)] == pytest.approx(3580, abs=60)
+    assert ages_s[Version(1, 60)] >= 20
+    exchange.close()
+
+
 def test_other_ranks_only_decode(spec: GroupSpec, stub_node, tmp_path: Path) -> None:
     exchange = GroupExchange(spec, is_lead=False, max_frame_bytes=MAX_FRAME_BYTES)
     exchange.publish(take_snapshot(nn.Linear(3, 4), 1))
@@ -188,6 +199,24 @@ def test_a_joined_script_learns_from_what_the_node_offers(
     assert codistiller.loss(model(torch.ones(1, 3)), torch.ones(1, 3)).item() > 0
     codistiller.close()
     stub_node.wait_for(lambda: any(isinstance(event, TeacherSwapped) for event in stub_node.events))
+
+
+def test_a_joined_script_refuses_another_model_by_its_header(
+    spec: GroupSpec, stub_node, launch: Callable[[GroupSpec], Path], tmp_path: Path
+) -> None:
+    launch(spec.model_copy(update={"teachers": ({"tokyo": 1.0},)}))
+    offer = write_frame(tmp_path, nn.Linear(3, 5), 9)
+    path = tmp_path / offer.frames[0][2]
+    data = bytearray(path.read_bytes())
+    data[20] ^= 1  # of the first tensor's piece, which nobody is to look at
+    path.write_bytes(data)
+    stub_node.offers = (offer,)
+    codistiller = join(nn.Linear(3, 4))
+    while not stub_node.events:
+        codistiller.step()
+    codistiller.close()
+    [refused] = [event for event in stub_node.events if isinstance(event, TeacherRefused)]
+    assert (refused.teacher, refused.reason) == ("tokyo", "wrong-schema")
 
 
 USER_SCRIPT = """

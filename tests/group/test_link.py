@@ -28,6 +28,7 @@ from p2pcodistill.group.link import (
     RankLink,
     ReferenceReady,
     StopRequested,
+    TrustChanged,
     VersionKnown,
     Welcome,
     decode_link_message,
@@ -39,7 +40,7 @@ OFFER = FrameOffer("tokyo", 1, 50, "/store", ((1, 0, "a.frame"), (1, 50, "b.fram
 READY = FrameReady("/out/50.frame", 50, 0, "ternary+pco", b"h" * 32, 2000)
 REFERENCE = ReferenceReady("/out/tokyo.reference", "tokyo", 1, 50, "reference+blosc2", b"h" * 32, 2000)
 BROKEN = ChainBroken("tokyo", 1, 50)
-KNOWN = VersionKnown("tokyo", 1, 100)
+KNOWN = VersionKnown("tokyo", 1, 100, 12.5)
 NOTHING = Welcome(())
 
 
@@ -64,6 +65,8 @@ MESSAGES = [
     StopRequested(),
     KNOWN,
     LinksMeasured(1.5e6),
+    Welcome((), (), ("oslo",)),
+    TrustChanged("tokyo", is_trusted=False),
 ]
 
 

@@ -13,10 +13,16 @@ from torch import nn
 from p2pcodistill.checkpoint.decoder import decode_frame
 from p2pcodistill.checkpoint.encoder import FrameEncoder
 from p2pcodistill.checkpoint.reference import Reference
-from p2pcodistill.checkpoint.snapshot import take_snapshot
+from p2pcodistill.checkpoint.snapshot import Schema, schema_of, take_snapshot
 from p2pcodistill.codistill.exchange import ChainFile, Offer
 from p2pcodistill.config import FramesConfig
-from p2pcodistill.errors import ChecksumError, MalformedError, OversizedError, RefusedError
+from p2pcodistill.errors import (
+    ChecksumError,
+    MalformedError,
+    OversizedError,
+    RefusedError,
+    SchemaMismatchError,
+)
 from p2pcodistill.group import receiving
 from p2pcodistill.group.link import ChainBroken, ReferenceReady
 from p2pcodistill.group.receiving import FrameReceiver
@@ -104,8 +110,8 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps of the frames that were decoded."""
     steps: list[int] = []
 
-    def decode(data: bytes, base: Reference | None, *, max_bytes: int) -> Reference:
-        reference = decode_frame(data, base, max_bytes=max_bytes)
+    def decode(data: bytes, base: Reference | None, *, max_bytes: int, schema: Schema | None) -> Reference:
+        reference = decode_frame(data, base, max_bytes=max_bytes, schema=schema)
         steps.append(reference.step)
         return reference
 
@@ -245,6 +251,21 @@ def test_a_frame_over_the_cap_and_a_torn_one_are_refused(
     with pytest.raises(OversizedError, match="for this model"):
         prepare(receiver, tokyo.offer())
     assert len(said.messages) == 2
+
+
+def test_a_frame_of_another_model_is_refused_before_it_is_decoded_and_nobody_is_asked_for_another_copy(
+    tmp_path: Path, tokyo: Tokyo, said: Said
+) -> None:
+    tokyo.learn(50)
+    fitting = FrameReceiver(tmp_path / "outbox", MAX_FRAME_BYTES, said, schema_of(nn.Linear(64, 64)))
+    assert_same(prepare(fitting, tokyo.offer()), tokyo.reference)
+    fitting.close()
+    flip(tokyo.folder / tokyo.files[0].file_name)
+    other = FrameReceiver(tmp_path / "outbox", MAX_FRAME_BYTES, said, schema_of(nn.Linear(64, 32)))
+    with pytest.raises(SchemaMismatchError, match=r"'bias' is \(64,\) there and \(32,\) here"):
+        prepare(other, tokyo.offer())
+    other.close()
+    assert said.messages == []
 
 
 def test_only_rank_zero_says_anything(tmp_path: Path, tokyo: Tokyo) -> None:

@@ -11,8 +11,10 @@ from p2pcodistill.report.figures import to_svg
 from p2pcodistill.report.staleness import StalenessTracker
 from p2pcodistill.telemetry import (
     Event,
+    FaultInjected,
     FramePublished,
     NodeStarted,
+    NodeStopped,
     Record,
     TeacherSwapped,
     TrafficMeasured,
@@ -74,6 +76,20 @@ def test_a_student_that_is_launched_again_is_counted_again() -> None:
     tokyo = [swapped(5, "berlin", 10), ended(8), swapped(12, "berlin", 10), ended(20)]
     tracker = StalenessTracker.of({"berlin": [published(0, 10), published(10, 20)], "tokyo": tokyo})
     assert tracker.seconds_at == {0: 3.0, 10: 8.0}
+
+
+@pytest.mark.parametrize(
+    "end",
+    [FaultInjected("tokyo", "kill", 5), NodeStopped("tokyo", "stopped")],
+    ids=["killed", "stopped"],
+)
+def test_a_student_whose_node_is_gone_is_behind_nobody(end: Event) -> None:
+    berlin = [published(0, 10), published(10, 20), published(100, 110)]
+    # The simulator's log is another one: what it tells comes behind what the node told.
+    tokyo = [swapped(5, "berlin", 10), swapped(50, "berlin", 20), ended(60), record(8, end)]
+    assert StalenessTracker.of({"berlin": berlin, "tokyo": tokyo}).seconds_at == {0: 3.0 + 10.0}
+    slowed = [swapped(5, "berlin", 10), record(8, FaultInjected("tokyo", "slow-down", 5, 2.0)), ended(12)]
+    assert StalenessTracker.of({"berlin": berlin, "tokyo": slowed}).seconds_at == {0: 5.0, 10: 2.0}
 
 
 def test_records_of_other_versions_and_without_time_are_passed_over() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES
 from p2pcodistill.config import CodistillationConfig, FramesConfig
 from p2pcodistill.group.train import Join
 from p2pcodistill.simulation.copies import Copies
@@ -37,9 +38,11 @@ def one_thread() -> Iterator[None]:
 class Student:
     """A small classifier; its batches come from torch's random state, which is its own."""
 
-    def __init__(self, name: str, join: Join, folder: Path | None = None) -> None:
+    def __init__(self, name: str, join: Join, folder: Path | None = None, *, num_hidden: int = 24) -> None:
         self.name = name
-        self.model = nn.Sequential(nn.Linear(12, 24), nn.Dropout(0.1), nn.Tanh(), nn.Linear(24, 3))
+        self.model = nn.Sequential(
+            nn.Linear(12, num_hidden), nn.Dropout(0.1), nn.Tanh(), nn.Linear(num_hidden, 3)
+        )
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=2e-2)
         self.codistiller = join(self.model)
         self.losses: list[float] = []
@@ -97,15 +100,16 @@ def make_copies(
     topology: str = "ring",
     folder: Path | None = None,
     frames: FramesConfig | None = None,
+    num_hidden: int = 24,
 ) -> Copies:
     graph = build_topology(topology, names)
     return Copies(
         graph,
-        lambda name, join: Student(name, join, folder),
+        lambda name, join: Student(name, join, folder, num_hidden=num_hidden),
         codistillation=CODISTILLATION,
         frames=frames,
         step_time_s=0.1,
-        settings=VirtualSettings(seed=seed),
+        settings=VirtualSettings(seed=seed, chunk_bytes=MIN_CHUNK_BYTES),
         shapes={("a", "b"): (shape, shape)} if shape else None,
         faults=faults,
         on_event=told,
@@ -173,8 +177,10 @@ def test_a_thin_link_makes_teachers_stale() -> None:
 
 def test_a_thin_link_makes_no_teacher_stale_where_another_site_has_its_frames() -> None:
     told = Told()
-    copies = make_copies(told, shape=LinkShape(bandwidth_mbit=0.01), frames=FramesConfig(delta="off"))
-    copies.run()  # on a triangle
+    thin_link = LinkShape(bandwidth_mbit=2.0)
+    # Frames of several chunks, on a triangle: those of a single one are not passed on between fellow students.
+    copies = make_copies(told, shape=thin_link, frames=FramesConfig(delta="off"), num_hidden=5000)
+    copies.run()
     by_the_thin_way = told.of("teacher-swapped", site="b", teacher="a")
     assert len(by_the_thin_way) >= 4
     network = copies.network

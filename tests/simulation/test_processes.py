@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from p2pcodistill.simulation import job_run, processes
 from p2pcodistill.simulation.processes import simulate
 
 REPOSITORY = Path(__file__).parents[2]
+GENEROUS_S = 30.0
 
 # What stands in for `p2pcodistill node`: reads its node file, does what FAKE_NODE says for its run and site, and tells it in
 # events. Faults wait for their counterpart at a named pipe, never for time to pass.
 FAKE_NODE = """
-import json, os, signal, sys, tomllib
+import json, os, signal, sys, time, tomllib
 from pathlib import Path
 from p2pcodistill.group.lifeline import die_with_parent
 from p2pcodistill.telemetry import (
@@ -53,6 +55,13 @@ def meet(other):  # returns when `other` is here, too
 def wait_for_stop():
     signal.sigwait({signal.SIGTERM})
     events.write(NodeStopped(site, "stopped"))
+
+def is_there(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 def train():
     for other in peers:
@@ -102,11 +111,14 @@ match behaviour:
             meet(other)
         wait_for_stop()
         sys.exit(143)
-    case "end":  # at once, and the pipe with it
-        pipe = open(pipes / "alive", "w")
+    case "end":  # at once, after telling whom to wait for
+        with open(pipes / "alive", "w") as pipe:
+            print(os.getpid(), file=pipe)
         os._exit(0)
-    case "outlast":  # goes on when the other has ended
-        open(pipes / "alive").read()
+    case "outlast":  # goes on when the other has ended and the simulation has collected it
+        pid = int(open(pipes / "alive").read())
+        while is_there(pid):
+            time.sleep(0.01)
         events.write(StepMeasured(50, 4.5, None, 1e-3, 20.0, 0.01, 2.5))
         wait_for_stop()
     case "give up":
@@ -204,7 +216,10 @@ def simulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Simu
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     yield Simulation(tmp_path, monkeypatch)
-    assert living_descendants() == before, "processes were left behind"
+    until_s = time.monotonic() + GENEROUS_S  # those whose parent was killed are dying
+    while (left := living_descendants()) != before and time.monotonic() < until_s:
+        time.sleep(0.01)
+    assert left == before, "processes were left behind"
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
     signal.signal(signal.SIGINT, inherited)
 

@@ -121,6 +121,21 @@ def test_knowledge_spreads_by_one_hop_an_exchange(spec: str) -> None:
             assert exchanges == arrival.num_hops and 0 < transfer_s < 1
 
 
+def test_of_a_schedule_only_those_teach_whose_turn_it_is() -> None:
+    turn, always = make_run("one-peer-exponential:8"), make_run("exponential:8")
+    for run in (turn, always):
+        run.run()
+        assert run.is_complete
+    # Versions arrive all the same.
+    assert turn.num_deliveries == always.num_deliveries
+    assert turn.num_bytes_fetched == always.num_bytes_fetched
+    # From its second version on, a site learns from the one 2, 4 and 1 before it, in turn.
+    arrivals = turn.spread.arrivals("0")
+    exchanges = {site: int(arrival.time_s / INTERVAL_S + 0.01) for site, arrival in arrivals.items()}
+    assert exchanges == {"2": 1, "4": 2, "6": 2, "1": 3, "3": 3, "5": 3, "7": 3}
+    assert {site: arrivals[site].num_hops for site in "246"} == {"2": 1, "4": 1, "6": 2}
+
+
 def test_every_version_is_delivered_once_along_every_edge() -> None:
     told = Told()
     run = make_run("ring:5", told)
@@ -210,6 +225,26 @@ def test_a_killed_site_comes_back_with_its_store() -> None:
     assert fetched_later and {r["kind"] for r in fetched_later} == {"delta"}
     taken_up = [r for r in told.of("teacher-swapped", site="2") if r["time_unix_s"] == 27.0]
     assert sorted(r["teacher"] for r in taken_up) == ["1", "3"]
+
+
+def test_a_site_that_takes_up_the_last_versions_twice_counts_once() -> None:
+    end_s = 70.0  # 0 is slow and has the last version of its teachers long before it has published its own
+    faults = (
+        FaultConfig(kind="slow-down", sites=("0",), at_s=0.0, factor=2.0),
+        FaultConfig(kind="kill", sites=("0",), at_s=end_s),
+        FaultConfig(kind="restart", sites=("0",), at_s=end_s + 1.0),
+        FaultConfig(kind="kill", sites=("0",), at_s=end_s + 2.0),
+        FaultConfig(kind="restart", sites=("0",), at_s=end_s + 3.0),
+    )
+    told = Told()
+    run = make_run("ring:3", told, faults=faults)
+    run.run()
+    last_step = SCHEDULE.first_step + (SCHEDULE.num_versions - 1) * SCHEDULE.interval_steps
+    last = told.of("teacher-swapped", teacher_step=last_step)
+    edges = Counter((record["teacher"], record["site"]) for record in last)
+    assert edges["1", "0"] == edges["2", "0"] == 3, "with each launch"
+    assert run.is_complete
+    assert len(edges) == 6, "it is over when every edge is done"
 
 
 def test_a_download_goes_on_where_a_kill_cut_it_off() -> None:

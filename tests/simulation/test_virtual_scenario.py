@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tomli_w
 
@@ -110,6 +112,23 @@ def test_a_job_that_fails_is_named_with_the_end_of_its_log(
     monkeypatch.setattr(jobs, "JOB_COMMAND", (*jobs.JOB_COMMAND[:1], "-c", "raise SystemExit('no room')"))
     with pytest.raises(GroupError, match=r"the arm codistilled \(seed 0\) ended with status 1.*\nno room"):
         run(tmp_path, scenario())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
+) -> None:
+    program = f"import os, signal; print(os.getpid(), flush=True); os.kill(os.getppid(), {signum:d}); signal.pause()"
+    monkeypatch.setattr(jobs, "JOB_COMMAND", (*jobs.JOB_COMMAND[:1], "-c", program))
+    file = tmp_path / "scenario.toml"
+    file.write_text(tomli_w.dumps(scenario(arms=[{"name": "codistilled", "kind": "codistilled"}])))
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    stream = io.StringIO()
+    assert simulate(file, run_root=tmp_path / "runs", stream=stream) == 128 + signum
+    assert f"stopped by {signum.name}" in stream.getvalue()
+    (log,) = (tmp_path / "runs" / "latest").glob("codistilled-seed0/virtual-*.log")
+    assert not psutil.pid_exists(int(log.read_text()))
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_the_ring_of_eight(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from p2pcodistill import cli
 from p2pcodistill.topology.build import build_topology, default_members
-from p2pcodistill.topology.description import CODEC_BITS, Assumptions, figures
+from p2pcodistill.topology.density import CODEC_BITS
+from p2pcodistill.topology.description import Assumptions, figures
 
 WIDE_AREA = str(Path(__file__).parents[2] / "topologies" / "three-continents.json")
 

@@ -6,6 +6,7 @@ import networkx
 import numpy as np
 import pytest
 
+from p2pcodistill.topology import statistics
 from p2pcodistill.topology.build import build_topology, default_members
 from p2pcodistill.topology.graph import Topology
 from p2pcodistill.topology.statistics import (
@@ -114,6 +115,28 @@ def test_the_gap_of_a_schedule_is_the_mean_per_exchange():
     assert spectral_gap(named("alternating:ring:8,full:8")) == 1.0
 
 
+def test_the_gap_takes_no_more_operations_than_it_may(monkeypatch):
+    num_operations = 0
+
+    class Counted(np.ndarray):
+        def __matmul__(self, other):
+            nonlocal num_operations
+            num_operations += 2 * self.shape[0] * self.shape[1] * other.shape[1]
+            return (np.asarray(self) @ np.asarray(other)).view(Counted)
+
+        def __rmatmul__(self, other):
+            nonlocal num_operations
+            num_operations += 2 * other.shape[0] * other.shape[1] * self.shape[1]
+            return (np.asarray(other) @ np.asarray(self)).view(Counted)
+
+        __array_priority__ = 1000
+
+    monkeypatch.setattr(statistics, "mixing_matrix", lambda *where: mixing_matrix(*where).view(Counted))
+    monkeypatch.setattr(statistics, "MAX_GAP_OPERATIONS", 20 * 2 * 16**3)
+    spectral_gap(named("random-matching:3,40", 16))
+    assert 0.8 * 20 * 2 * 16**3 < num_operations <= 20 * 2 * 16**3
+
+
 def test_a_long_schedule_does_not_underflow():
     gap = spectral_gap(named("random-matching", 9))
     assert 0.2 < gap < 0.5
@@ -143,3 +166,15 @@ def test_the_quickest_way_may_have_more_hops():
     topology = Topology(("a", "b", "c"), edges, source="x")
     hop_s = {("a", "b"): 1.0, ("b", "c"): 2.0, ("a", "c"): 10.0, ("c", "a"): 4.0}
     assert longest_way_s(topology, lambda t, s: hop_s[t, s]) == 6.0  # b to a, by c
+
+
+def test_distances_are_found_without_looking_at_what_is_reached_already(monkeypatch):
+    looked_at = []
+    students_of = Topology.students_of
+    monkeypatch.setattr(
+        Topology, "students_of", lambda self, member: looked_at.append(member) or students_of(self, member)
+    )
+    topology = named("full:30")
+    looked_at.clear()
+    assert set(distances_from(topology, "7").values()) == {0, 1}
+    assert looked_at == ["7"]

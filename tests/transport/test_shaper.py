@@ -83,6 +83,28 @@ def test_who_comes_late_gets_an_equal_share_from_then_on_and_nothing_for_the_pas
     assert site.served["late"] == pytest.approx(site.served["early"], rel=0.1)
 
 
+def test_who_was_away_gets_nothing_for_the_past_though_nobody_asks_at_that_instant() -> None:
+    shaper: Shaper[int] = Shaper(UploadCaps(), max_requests=4)
+
+    def serve() -> str:
+        found = shaper.next(0.0)
+        assert found is not None
+        shaper.finish(*found)
+        shaper.spend(found[0], CHUNK, 0.0)
+        return found[0]
+
+    for number in range(1000):
+        shaper.add("early", number)  # when it has been served the last one: its wants have to travel
+        assert serve() == "early"
+    shaper.add("late", 0)
+    shaper.add("early", 1000)
+    served: Counter[str] = Counter()
+    for number in range(1001, 1101):
+        served[peer := serve()] += 1
+        shaper.add(peer, number)
+    assert served["late"] == pytest.approx(served["early"], abs=2)
+
+
 def test_a_capped_link_leaves_the_rest_to_others() -> None:
     site = Site(UploadCaps(1e6, {"thin": 1e5}), {"thin": CHUNK // 4, "fat": CHUNK})
     site.run(100.0)

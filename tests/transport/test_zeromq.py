@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeVar
 
 import psutil
@@ -17,7 +18,7 @@ from zmq.utils import z85
 from p2pcodistill.errors import AddressError
 from p2pcodistill.gossip.messages import Lane
 from p2pcodistill.identity import Identity, PublicIdentity
-from p2pcodistill.transport import sockets, wire
+from p2pcodistill.transport import sockets, wire, zeromq
 from p2pcodistill.transport.base import (
     MAX_PART_BYTES,
     Closed,
@@ -28,7 +29,7 @@ from p2pcodistill.transport.base import (
     split_address,
 )
 from p2pcodistill.transport.channels import PeerChannels, Step
-from p2pcodistill.transport.receipts import MIN_UNDER_WAY_BYTES
+from p2pcodistill.transport.receipts import MIN_UNDER_WAY_BYTES, RECEIPT_INTERVAL_BYTES
 from p2pcodistill.transport.sockets import Timing
 from p2pcodistill.transport.zeromq import PeerEndpoint, ZeroMQTransport
 
@@ -96,6 +97,7 @@ class Stranger:
         self.lanes = {lane: self._context.socket(zmq.DEALER) for lane in Lane}
         for lane, dealer in self.lanes.items():
             dealer.linger = 0
+            dealer.rcvhwm = sockets.MAX_QUEUED_RECEIVES
             if identity is not None:
                 dealer.curve_secretkey = z85.encode(identity.curve_secret)
                 dealer.curve_publickey = z85.encode(identity.public.curve_key)
@@ -165,6 +167,87 @@ async def until_received(transport: ZeroMQTransport) -> list[TransportEvent]:
     while not isinstance(events[-1], Received):
         events.append(await next_event(transport))
     return events
+
+
+async def next_of(transport: ZeroMQTransport, kind: type[E]) -> E:
+    """The next event of this kind, whatever comes before it."""
+    while not isinstance(event := await next_event(transport), kind):
+        pass
+    return event
+
+
+@pytest.mark.parametrize("denier_dials", [True, False])
+async def test_who_is_denied_loses_its_session_behind_last_words_and_stays_out_until_admitted(
+    transports: list[ZeroMQTransport], denier_dials: bool
+) -> None:
+    server = await open_site(transports, LOW, client=PeerEndpoint(HIGH.public))
+    client = await open_site(transports, HIGH, server=reached_at(LOW, server))
+    denier, other, name, its_name = (
+        (client, server, "server", "client") if denier_dials else (server, client, "client", "server")
+    )
+    await expect(server, Opened)
+    await expect(client, Opened)
+    assert denier.send(name, Lane.CONTROL, [b"you are out"])
+    denier.deny(name)
+    assert not denier.send(name, Lane.CONTROL, [b"anything"])
+    closed = await expect(denier, Closed)
+    assert closed == Closed(name, f"the key of {name} is revoked here")
+    assert await expect(other, Received) == Received(its_name, Lane.CONTROL, (b"you are out",))
+    await expect(other, Closed)
+    if not denier_dials:
+        rejected = await expect(denier, Rejected)
+        assert (rejected.peer, rejected.reason) == (name, "revoked") and name in rejected.why
+    denier.admit(name)
+    assert await next_of(denier, Opened) == Opened(name)
+    assert await next_of(other, Opened) == Opened(its_name)
+
+
+async def test_who_is_denied_from_the_start_is_neither_admitted_nor_dialled(
+    transports: list[ZeroMQTransport],
+) -> None:
+    server = ZeroMQTransport(
+        LOW, ANYWHERE, {"client": PeerEndpoint(HIGH.public)}, timing=TIMING, denied=["client"]
+    )
+    transports.append(server)
+    await server.open()
+    await open_site(transports, HIGH, server=reached_at(LOW, server))
+    assert (await expect(server, Rejected)).reason == "revoked"
+    server.admit("client")
+    assert await next_of(server, Opened) == Opened("client")
+
+
+async def test_a_connection_from_before_the_denial_is_of_no_use(transports: list[ZeroMQTransport]) -> None:
+    server = await open_site(transports, LOW, client=PeerEndpoint(HIGH.public))
+    with Stranger(HIGH, server.listen_address, LOW.public) as member:
+        await member.greet()
+        await expect(server, Opened)
+        server.deny("client")
+        await expect(server, Closed)
+        assert await member.hear(Lane.CONTROL) == [wire.PICK]
+        assert await member.hear(Lane.CONTROL) == [wire.BYE]
+        greeting = wire.Greeting(Lane.CONTROL, b"s" * 8, b"c" * 8)
+        await member.say(Lane.CONTROL, wire.encode_greeting(greeting))
+        assert await member.hear(Lane.CONTROL) == [wire.BYE]
+
+
+async def test_a_peer_that_has_moved_is_dialled_where_it_is(transports: list[ZeroMQTransport]) -> None:
+    server = await open_site(transports, LOW, client=PeerEndpoint(HIGH.public))
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        nowhere = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        client = await open_site(transports, HIGH, server=PeerEndpoint(LOW.public, nowhere))
+        connection, _ = await asyncio.to_thread(silent.accept)
+        with connection:
+            client.move("server", server.listen_address)
+            assert await next_of(client, Opened) == Opened("server")
+    with pytest.raises(AddressError, match="port 0"):
+        client.move("server", ANYWHERE)
+
+
+async def test_a_peer_whose_address_becomes_known_is_dialled(transports: list[ZeroMQTransport]) -> None:
+    server = await open_site(transports, LOW, client=PeerEndpoint(HIGH.public))
+    client = await open_site(transports, HIGH, server=PeerEndpoint(LOW.public))
+    client.move("server", server.listen_address)
+    assert await expect(client, Opened) == Opened("server")
 
 
 async def test_without_encryption_no_message_gets_through(transports: list[ZeroMQTransport]) -> None:
@@ -656,6 +739,28 @@ async def test_who_takes_no_bulk_is_sent_a_bounded_amount_and_shows_it(
         assert server.send("friend", Lane.BULK, [bytes(3 << 18)])
 
 
+async def test_who_lies_about_what_it_took_fills_a_queue_and_no_more(
+    transports: list[ZeroMQTransport],
+) -> None:
+    server = await open_site(transports, LOW, friend=PeerEndpoint(HIGH.public))
+    with Stranger(HIGH, server.listen_address, LOW.public) as friend:
+        await friend.greet()
+        assert await next_event(server) == Opened("friend")
+        num_sent, num_before = 0, -1
+        # A socket's buffers on the way hold some, too; libzmq takes of the queue what fits there in its own time.
+        most = sockets.MAX_QUEUED_SENDS + sockets.MAX_QUEUED_RECEIVES + (32 << 20 >> 18)
+        while num_before < num_sent <= most:
+            num_before = num_sent
+            while server.send("friend", Lane.BULK, [bytes(1 << 18)]):
+                num_sent += 1
+            await friend.say(Lane.CONTROL, wire.encode_receipt(wire.Receipt(num_sent << 18)))
+            await friend.say(Lane.CONTROL, wire.DATA, b"after the receipt")
+            assert await next_event(server) == Received("friend", Lane.CONTROL, (b"after the receipt",))
+        assert server.traffic()["friend"].num_bytes_under_way == 0, "all of it, it says"
+        assert MIN_UNDER_WAY_BYTES >> 18 < num_sent <= most
+        assert server.send("friend", Lane.CONTROL, [b"control has room"])
+
+
 async def test_what_was_received_is_told_soon(transports: list[ZeroMQTransport]) -> None:
     b = await open_site(transports, HIGH, a=PeerEndpoint(LOW.public))
     a = await open_site(transports, LOW, b=reached_at(HIGH, b))
@@ -668,6 +773,29 @@ async def test_what_was_received_is_told_soon(transports: list[ZeroMQTransport])
             await asyncio.sleep(0)
     traffic = a.traffic()["b"]
     assert traffic.rate_bytes_s is not None and traffic.round_trip_s is not None
+
+
+async def test_a_receipt_that_finds_no_room_is_sent_again(
+    transports: list[ZeroMQTransport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[object] = []
+
+    def send_now(route: sockets.Route, frames: Sequence[bytes]) -> int | None:
+        is_receipt = frames[0][:1] == wire.encode_receipt(wire.Receipt(0))[:1]
+        if is_receipt and len(refused) < 3:
+            refused.append(frames)
+            return errno.EAGAIN
+        return sockets.send_now(route, frames)
+
+    monkeypatch.setattr(zeromq, "send_now", send_now)
+    b = await open_site(transports, HIGH, a=PeerEndpoint(LOW.public))
+    a = await open_site(transports, LOW, b=reached_at(HIGH, b))
+    assert await next_event(a) == Opened("b")
+    assert a.send("b", Lane.BULK, [bytes(2 * RECEIPT_INTERVAL_BYTES)])
+    async with asyncio.timeout(GENEROUS_S):
+        while a.traffic()["b"].num_bytes_under_way:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert len(refused) == 3
 
 
 async def test_a_failure_inside_surfaces_from_receive(

@@ -70,10 +70,7 @@ class VirtualExchange:
             version = chain[-1].version
             offers[teacher] = offer = Offer(teacher, version.incarnation, version.step, "", ())
             self._told[teacher, offer.version] = chain
-        announced = {
-            teacher: (version.incarnation, version.step) for teacher, version in self._site.announced.items()
-        }
-        return Inbox(offers, self._stop_requested, announced)
+        return Inbox(offers, self._stop_requested, dict(self._site.announced))
 
     def prepare(self, offer: Offer) -> Future[Reference]:
         """See `codistill.exchange.Exchange`."""

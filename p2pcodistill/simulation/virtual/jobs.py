@@ -20,6 +20,7 @@ from p2pcodistill.telemetry import EventTail, FaultInjected, Record
 
 JOB_COMMAND = (sys.executable, "-m", "p2pcodistill.simulation.virtual.job")
 POLL_INTERVAL_S = 0.25
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 OnRecord = Callable[[Job, str, Record], None]
 
@@ -38,27 +39,32 @@ class VirtualJobs:
         self._scenario, self._folder, self._on_record = scenario, folder, on_record
         self._order = [(job.run, job.sites) for job in make_jobs(scenario)]
         self._running: list[_Running] = []
+        self._stopped_by: signal.Signals | None = None
         self._tails: list[tuple[Job, str, EventTail]] = []
 
     def run(self, jobs: Sequence[Job], *, num_cores: int) -> signal.Signals | None:
-        """Run all of `jobs`, as planned, on `num_cores`; SIGINT if that stopped them, None when they finished.
+        """Run all of `jobs`, as planned, on `num_cores`; the signal that stopped them, or None when they finished.
 
-        Raises GroupError when one fails. Every process has ended by then.
+        To be called from the main thread. Raises GroupError when one fails. Every process has ended by then.
         """
         waiting = list(jobs)
+        handlers = {signum: signal.signal(signum, self._on_signal) for signum in _STOP_SIGNALS}
         try:
-            while waiting or self._running:
+            while (waiting or self._running) and self._stopped_by is None:
                 self._start(waiting, num_cores)
                 time.sleep(POLL_INTERVAL_S)
                 self._read_events()
                 self._collect()
-        except KeyboardInterrupt:
-            return signal.SIGINT
         finally:
             for running in self._running:
                 running.process.kill()
                 running.process.wait()
-        return None
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+        return self._stopped_by
+
+    def _on_signal(self, signum: int, _frame: object) -> None:
+        self._stopped_by = self._stopped_by or signal.Signals(signum)
 
     def _start(self, waiting: list[Job], num_cores: int) -> None:
         while waiting:

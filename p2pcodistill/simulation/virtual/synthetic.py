@@ -148,8 +148,8 @@ class SyntheticRanks:
         knowledge = decode_knowledge(chain[-1].chunks[0], self._num_members)
         passed = self._held[origin] = pass_on(knowledge)
         self._site.report(telemetry.TeacherSwapped(self.num_steps, origin, version.incarnation, version.step))
-        if self._on_knowledge is not None:
-            self._on_knowledge(self._clock.now_s, self._site.name, passed)
+        if origin in self._turn():
+            self._tell(passed)
         if len(chain) > _MAX_DELTAS:
             frame = self._encode(version.step, knowledge, is_keyframe=True)
             self._site.keep_keyframe(origin, version, frame)
@@ -173,6 +173,14 @@ class SyntheticRanks:
         self._is_corrupt = True
 
     # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _turn(self) -> Mapping[str, float]:
+        """Who teaches until the next version."""
+        return self._turns[self._num_published % len(self._turns)]
+
+    def _tell(self, knowledge: Knowledge) -> None:
+        if self._on_knowledge is not None:
+            self._on_knowledge(self._clock.now_s, self._site.name, knowledge)
 
     def _steps_now(self) -> float:
         if not self._is_running:
@@ -204,12 +212,16 @@ class SyntheticRanks:
         if self._is_corrupt:
             self._knowledge = nothing(self._num_members)
         else:
-            for teacher in self._turns[self._num_published % len(self._turns)]:
+            for teacher in self._turn():
                 if teacher in self._held:
                     learn(self._knowledge, self._held[teacher])
             learn_own(self._knowledge, self._member, self._num_published + 1)
         self._last_step = self._step_of(self._num_published)
         self._num_published += 1
+        if len(self._turns) > 1:  # others teach from now on
+            for teacher in self._turn():
+                if teacher in self._held:
+                    self._tell(self._held[teacher])
         is_keyframe, self._needs_keyframe = self._needs_keyframe, False
         self._num_deltas = 0 if is_keyframe else self._num_deltas + 1
         self._site.publish(self._encode(self._last_step, self._knowledge, is_keyframe=is_keyframe))

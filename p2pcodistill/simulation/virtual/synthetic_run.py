@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,8 @@ from p2pcodistill.topology.graph import Topology
 
 _PATIENCE_INTERVALS = 20
 """How long a run goes on after the last version should have been published, for stragglers."""
+_GC_THRESHOLD = 100_000
+"""Next to nothing of what a large run makes is garbage before its end: looking for it all the time would cost a sixth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +61,13 @@ class SyntheticRun:
         """Versions that came to be in use at a student."""
         self.num_bytes_fetched = 0
         self.num_resent_bytes = 0
-        self._on_event = on_event
+        self._on_event, self._on_fault = on_event, on_fault
         self._schedule = schedule
         self._last_step = schedule.first_step + (schedule.num_versions - 1) * schedule.interval_steps
-        self._num_edges_left = sum(len(topology.teachers_of(member)) for member in topology.members)
+        # As (teacher, student); a set, for a site that is started again takes up what it has once more.
+        self._edges_left = {
+            (teacher, member) for member in topology.members for teacher in topology.teachers_of(member)
+        }
         self.network = VirtualRun(
             topology,
             settings=replace(
@@ -74,7 +80,7 @@ class SyntheticRun:
             shapes=shapes,
             faults=faults,
             on_event=self._note,
-            on_fault=on_fault,
+            on_fault=self._note_fault,
         )
         for site in self.network.sites.values():
             site.ranks = SyntheticRanks(
@@ -93,13 +99,18 @@ class SyntheticRun:
         if until_s is None:
             num_steps = self._last_step + _PATIENCE_INTERVALS * self._schedule.interval_steps
             until_s = num_steps * self._schedule.step_time_s
-        self.network.run(until_s, is_over=lambda: self._num_edges_left == 0)
+        thresholds = gc.get_threshold()
+        gc.set_threshold(_GC_THRESHOLD, *thresholds[1:])
+        try:
+            self.network.run(until_s, is_over=lambda: self.is_complete)
+        finally:
+            gc.set_threshold(*thresholds)
         self.staleness.close(self.network.clock.now_s)
 
     @property
     def is_complete(self) -> bool:
         """Whether every student has the last version of each of its teachers."""
-        return self._num_edges_left == 0
+        return not self._edges_left
 
     def bytes_by_link(self) -> dict[tuple[str, str], LinkBytes]:
         """Of each direction of each link, as (sender, receiver)."""
@@ -110,10 +121,16 @@ class SyntheticRun:
                 carried[sender, receiver] = LinkBytes(wire.num_bytes_sent, wire.max_bytes_queued)
         return carried
 
+    def _note_fault(self, time_s: float, fault: FaultConfig) -> None:
+        for site in fault.sites:
+            self.staleness.update(time_s, site, telemetry.FaultInjected(site, fault.kind, 0))
+        self._on_fault(time_s, fault)
+
     def _note(self, time_s: float, site: str, event: telemetry.Event) -> None:
         if isinstance(event, telemetry.TeacherSwapped):
             self.num_deliveries += 1
-            self._num_edges_left -= event.teacher_step == self._last_step
+            if event.teacher_step == self._last_step:
+                self._edges_left.discard((event.teacher, site))
         elif isinstance(event, telemetry.FrameFetched):
             self.num_bytes_fetched += event.num_bytes
             self.num_resent_bytes += event.num_resent_bytes
