@@ -227,7 +227,7 @@ class Passing:
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _ask_for_keyframe(self, peer: str, request: CatchUp, origin: str) -> list[Action]:
-        """`peer` follows a teacher of this site, whose chain here it cannot go on from: perhaps a local keyframe shortened it.
+        """`peer` follows a teacher of this site, whose chain here does not help it: perhaps a local keyframe shortened it.
 
         A keyframe helps everyone. It is fetched before what this site needs itself, and so only now and then.
         """

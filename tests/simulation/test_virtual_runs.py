@@ -227,6 +227,13 @@ def test_a_killed_site_comes_back_with_its_store() -> None:
     assert sorted(r["teacher"] for r in taken_up) == ["1", "3"]
 
 
+def test_a_killed_site_is_behind_nobody() -> None:
+    run = make_run("ring:3", faults=(FaultConfig(kind="kill", sites=("1",), at_s=21.0),))
+    run.run(until_s=60.0)
+    assert 0 < run.staleness.edges["0", "1"].duration_s < 21.0
+    assert run.staleness.edges["1", "0"].duration_s > 40.0, "0 goes on with what it has"
+
+
 def test_a_site_that_takes_up_the_last_versions_twice_counts_once() -> None:
     end_s = 70.0  # 0 is slow and has the last version of its teachers long before it has published its own
     faults = (

@@ -86,9 +86,11 @@ def test_who_comes_late_gets_an_equal_share_from_then_on_and_nothing_for_the_pas
 def test_who_was_away_gets_nothing_for_the_past_though_nobody_asks_at_that_instant() -> None:
     shaper: Shaper[int] = Shaper(UploadCaps(), max_requests=4)
 
-    def serve() -> str:
+    def serve(*, further: int | None = None) -> str:
         found = shaper.next(0.0)
         assert found is not None
+        if further is not None:
+            shaper.add(found[0], further)
         shaper.finish(*found)
         shaper.spend(found[0], CHUNK, 0.0)
         return found[0]
@@ -100,8 +102,7 @@ def test_who_was_away_gets_nothing_for_the_past_though_nobody_asks_at_that_insta
     shaper.add("early", 1000)
     served: Counter[str] = Counter()
     for number in range(1001, 1101):
-        served[peer := serve()] += 1
-        shaper.add(peer, number)
+        served[serve(further=number)] += 1
     assert served["late"] == pytest.approx(served["early"], abs=2)
 
 
