@@ -36,9 +36,10 @@ SHORT: dict[str, Any] = merged(
 
 
 class ShortRun:
-    """A scenario file cut down to `num_steps` of a tiny model, its faults at the same shares of the run; run to its end."""
+    """A scenario file cut down to `num_steps` of a tiny model, its faults at the same shares of them; run to its end,
+    which is `num_more_steps` later."""
 
-    def __init__(self, folder: Path, name: str, *, num_steps: int) -> None:
+    def __init__(self, folder: Path, name: str, *, num_steps: int, num_more_steps: int = 0) -> None:
         scenario = tomllib.loads((SIMULATIONS / f"{name}.toml").read_text())
         share = num_steps / scenario["training"]["num_steps"]
         for fault in scenario.get("faults", ()):
@@ -47,7 +48,7 @@ class ShortRun:
         for index, site in enumerate(self.names):
             write_text(folder / f"{site}.txt", seed=index, num_bytes=60_000)
         own = {
-            "training": {"num_steps": num_steps},
+            "training": {"num_steps": num_steps + num_more_steps},
             "data": {"paths": [f"{site}.txt" for site in self.names]},
         }
         path = folder / f"{name}.toml"
@@ -99,7 +100,8 @@ def test_every_node_of_a_ring_is_killed_in_turn(tmp_path: Path) -> None:
 
 
 def test_a_ring_falls_apart_and_heals(tmp_path: Path) -> None:
-    run = ShortRun(tmp_path, "partition", num_steps=500)
+    # Who could not be reached for long is dialled less and less often: time to find each other again.
+    run = ShortRun(tmp_path, "partition", num_steps=500, num_more_steps=500)
     assert run.faults == {"partition": 2, "heal": 2}
     cut, healed = (
         next(r["time_unix_s"] for r in run.simulator if r.get("kind") == kind)

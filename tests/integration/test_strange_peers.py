@@ -129,6 +129,7 @@ async def test_two_machines_with_one_identity_are_noticed_and_harm_nobody(sites:
         await site.until("step-measured", lambda record: record["step"] >= 20)
     claims = await berlin.until("refused", lambda record: "two processes hold its key" in record["why"])
     assert (claims["peer"], claims["reason"]) == ("tokyo", "replayed")
+    await berlin.until("step-measured")
     step = berlin.all("step-measured")[-1]["step"]
     await berlin.until("step-measured", lambda record: record["step"] >= step + 50)
     for site in (tokyo, twin, berlin):

@@ -49,7 +49,7 @@ class Student:
         self.num_taught = 0
         self._saved = None if folder is None else folder / f"{name}.pt"
         if self._saved is not None and self._saved.exists():
-            saved = torch.load(self._saved)
+            saved = torch.load(self._saved, weights_only=True)
             self.model.load_state_dict(saved["model"])
             self.codistiller.load_state_dict(saved["codistiller"])
 
