@@ -23,7 +23,7 @@ test: $(READY) ## the whole test suite
 fuzz: $(READY) ## a million mutated frames (ARGS="--num 50000 --seed 7" for others)
 	$(BIN)/python tests/fuzz_frames.py $(ARGS)
 
-soak: $(READY) ## 100 kill -9 in a ring of four, then an hour of exchanges (ARGS="--kills 10 --minutes 5" for others)
+soak: $(READY) ## all fault scenarios, 100 kill -9 in a ring of four, an hour of exchanges (ARGS="--kills 10 --minutes 5" for others)
 	$(BIN)/python tests/soak.py $(ARGS)
 
 check: $(READY) ## format, lint, types, layers

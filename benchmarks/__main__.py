@@ -12,6 +12,7 @@ BENCHMARKS = (
     "idle",
     "exchange_overhead",
     "virtual_1000",
+    "faults",
     "codec_speed",
     "exchange_100m",
     "exchange_vs_hivemind",

@@ -1,4 +1,4 @@
-"""What the benchmarks of bulk transfers share: a worker that publishes random bytes on command, and waiting for events.
+"""What the benchmarks of bulk transfers share: nodes with a worker that publishes random bytes on command, and waiting.
 
 The nodes do not know what they move, so no tensors are needed: the worker of the first site hands over a file.
 """
@@ -8,19 +8,46 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from benchmarks.site_pair import SITES
+from benchmarks.site_pair import SITES, running_nodes, write_node_files
+from p2pcodistill.simulation.shaping import LinkShape, ShapedLink
 
 TIMEOUT_S = 300.0
 _POLL_S = 0.005
+_SETTINGS = {"max_frame_bytes": 1 << 30}
+
+
+def prepare_nodes(folder: Path, num_bytes: int, settings: Mapping[str, Any] | None = None) -> None:
+    """The files of two nodes, and a payload of so many bytes for the first to publish."""
+    write_random_bytes(folder / "payload", num_bytes)
+    write_node_files(folder, "benchmarks.bulk", _SETTINGS | dict(settings or {}))
+
+
+@asynccontextmanager
+async def linked_nodes(
+    folder: Path, num_bytes: int, shape: LinkShape, settings: Mapping[str, Any] | None = None
+) -> AsyncIterator[tuple[ShapedLink, dict[str, subprocess.Popen[bytes]]]]:
+    """Two running nodes, by name, of which the second, a student, dials the first through a link of this shape."""
+    teacher, student = SITES
+    prepare_nodes(folder, num_bytes, settings)
+    link = ShapedLink(listen_address(folder / f"{teacher}.toml"), shape)
+    set_peer_address(folder / f"{student}.toml", teacher, await link.open())
+    set_peer_address(folder / f"{teacher}.toml", student, None)
+    try:
+        with running_nodes(folder) as nodes:
+            yield link, nodes
+    finally:
+        await link.close()
 
 
 def write_random_bytes(path: Path, num_bytes: int) -> None:
@@ -42,7 +69,8 @@ def worker() -> None:
 
     from p2pcodistill.config import GroupSpec
     from p2pcodistill.group.lifeline import die_with_parent
-    from p2pcodistill.group.link import FrameReady, RankLink, StopRequested
+    from p2pcodistill.group.link import RankLink
+    from p2pcodistill.group.link_messages import FrameReady, StopRequested
 
     die_with_parent()
     spec = GroupSpec.model_validate_json(Path(os.environ["P2PCODISTILL_GROUP"]).read_text())
@@ -98,11 +126,13 @@ def events_of(run_folder: Path, name: str) -> list[dict[str, Any]]:
     return records
 
 
-def wait_for(condition: Callable[[], Any], what: str, *, timeout_s: float = TIMEOUT_S) -> Any:
-    """The first truthy value of `condition`. Raises TimeoutError."""
+def wait_for(
+    condition: Callable[[], Any], what: str, *, timeout_s: float = TIMEOUT_S, poll_s: float = _POLL_S
+) -> Any:
+    """The first truthy value of `condition`, which is looked at every `poll_s`. Raises TimeoutError."""
     deadline_s = time.monotonic() + timeout_s
     while not (value := condition()):
         if time.monotonic() > deadline_s:
             raise TimeoutError(f"not within {timeout_s:g} s: {what}")
-        time.sleep(_POLL_S)
+        time.sleep(poll_s)
     return value

@@ -11,10 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.bulk import listen_address, publish, set_peer_address, wait_for, write_random_bytes
+from benchmarks.bulk import linked_nodes, publish, wait_for
 from benchmarks.figure import print_figure
-from benchmarks.site_pair import SITES, running_nodes, write_node_files
-from p2pcodistill.simulation.shaping import LinkShape, ShapedLink
+from p2pcodistill.simulation.shaping import LinkShape
 
 CAP_MBIT = 40.0
 DURATION_S = 30.0
@@ -31,21 +30,13 @@ def main() -> None:
 
 
 async def _measure(folder: Path) -> None:
-    teacher, student = SITES
-    write_random_bytes(folder / "payload", _NUM_BYTES)
-    write_node_files(folder, "benchmarks.bulk", {"max_frame_bytes": 1 << 30, "max_upload_mbit": CAP_MBIT})
-    link = ShapedLink(listen_address(folder / f"{teacher}.toml"), LinkShape())
-    set_peer_address(folder / f"{student}.toml", teacher, await link.open())
-    set_peer_address(folder / f"{teacher}.toml", student, None)
-    try:
-        with running_nodes(folder):
-            publish(folder, 1)
-            await asyncio.to_thread(wait_for, lambda: link.num_bytes_forwarded >= _WARM_UP_BYTES, "a start")
-            num_bytes_before, started_s = link.num_bytes_forwarded, time.monotonic()
-            await asyncio.sleep(DURATION_S)
-            num_bytes, seconds = link.num_bytes_forwarded - num_bytes_before, time.monotonic() - started_s
-    finally:
-        await link.close()
+    settings = {"max_upload_mbit": CAP_MBIT}
+    async with linked_nodes(folder, _NUM_BYTES, LinkShape(), settings) as (link, _):
+        publish(folder, 1)
+        await asyncio.to_thread(wait_for, lambda: link.num_bytes_forwarded >= _WARM_UP_BYTES, "a start")
+        num_bytes_before, started_s = link.num_bytes_forwarded, time.monotonic()
+        await asyncio.sleep(DURATION_S)
+        num_bytes, seconds = link.num_bytes_forwarded - num_bytes_before, time.monotonic() - started_s
     value = round(num_bytes / seconds / _CAP_BYTES_S, 4)
     print_figure(
         "cap_ratio",

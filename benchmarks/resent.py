@@ -12,11 +12,11 @@ import asyncio
 import tempfile
 from pathlib import Path
 
-from benchmarks.bulk import events_of, listen_address, publish, set_peer_address, wait_for, write_random_bytes
+from benchmarks.bulk import events_of, linked_nodes, publish, wait_for
 from benchmarks.figure import print_figure
-from benchmarks.site_pair import SITES, running_nodes, start_node, write_node_files
+from benchmarks.site_pair import SITES, start_node
 from p2pcodistill.checkpoint.manifest import DEFAULT_CHUNK_BYTES
-from p2pcodistill.simulation.shaping import LinkShape, ShapedLink
+from p2pcodistill.simulation.shaping import LinkShape
 
 NUM_BYTES = 64 << 20
 SHAPE = LinkShape(bandwidth_mbit=100.0, latency_ms=20.0)
@@ -30,26 +30,18 @@ def main() -> None:
 
 
 async def _measure(folder: Path) -> None:
-    teacher, student = SITES
-    write_random_bytes(folder / "payload", NUM_BYTES)
-    write_node_files(folder, "benchmarks.bulk", {"max_frame_bytes": 1 << 30})
-    link = ShapedLink(listen_address(folder / f"{teacher}.toml"), SHAPE)
-    set_peer_address(folder / f"{student}.toml", teacher, await link.open())
-    set_peer_address(folder / f"{teacher}.toml", student, None)
-    try:
-        with running_nodes(folder) as nodes:
-            publish(folder, 1)
-            await asyncio.to_thread(wait_for, lambda: link.num_bytes_forwarded >= NUM_BYTES // 2, "half")
-            nodes[student].kill()
-            nodes[student].wait()
-            num_bytes_at_cut = link.num_bytes_forwarded
-            nodes[student] = start_node(folder, student)
-            [fetched] = await asyncio.to_thread(
-                wait_for, lambda: events_of(folder / student, "frame-fetched"), "the rest"
-            )
-            num_bytes = link.num_bytes_forwarded
-    finally:
-        await link.close()
+    student = SITES[1]
+    async with linked_nodes(folder, NUM_BYTES, SHAPE) as (link, nodes):
+        publish(folder, 1)
+        await asyncio.to_thread(wait_for, lambda: link.num_bytes_forwarded >= NUM_BYTES // 2, "half")
+        nodes[student].kill()
+        nodes[student].wait()
+        num_bytes_at_cut = link.num_bytes_forwarded
+        nodes[student] = start_node(folder, student)
+        [fetched] = await asyncio.to_thread(
+            wait_for, lambda: events_of(folder / student, "frame-fetched"), "the rest"
+        )
+        num_bytes = link.num_bytes_forwarded
     num_resent_bytes = num_bytes - fetched["num_bytes"]
     print_figure(
         "resent_bytes",

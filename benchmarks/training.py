@@ -24,12 +24,16 @@ from p2pcodistill.codistill.codistiller import Codistiller
 from p2pcodistill.codistill.exchange import Exchange, MemoryBoard, Offer
 from p2pcodistill.codistill.teachers import map_tensors
 from p2pcodistill.config import CodistillationConfig, FramesConfig, GroupSpec, TrainingConfig
+from p2pcodistill.group.optimizer import learning_rate
 from p2pcodistill.group.task import Task
-from p2pcodistill.group.train import choose_precision, learning_rate
-from p2pcodistill.simulation.files import split_data
+from p2pcodistill.group.train import choose_precision
+from p2pcodistill.simulation.data import split_scenario_text
 from p2pcodistill.simulation.scenario import ScenarioConfig, load_scenario
+from p2pcodistill.task_configs import LanguageModelConfig
 from p2pcodistill.tasks.language_model import LanguageModelTask
-from p2pcodistill.telemetry import Event, FramePublished, SnapshotSkipped, TeacherRefused
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.node_events import FramePublished
+from p2pcodistill.telemetry.training_events import SnapshotSkipped, TeacherRefused
 
 DEMO = Path(__file__).parent.parent / "simulations" / "pair.toml"
 SITES = ("berlin", "tokyo")
@@ -108,14 +112,16 @@ def make_task(run: Run, site: str, folder: Path) -> Task:
             "max_held_out_bytes": held_out.stat().st_size,
         }
     )
-    spec = GroupSpec.model_construct(task=task, training=config, shard_index=0, num_shards=1)
+    spec = GroupSpec.model_construct(task=task, training=config)
     return LanguageModelTask(spec, rank=0, num_ranks=1, device=_CPU)
 
 
 def _write_text(folder: Path) -> Path:
     held_out = folder / "held-out.txt"
     if not held_out.exists():
-        text = split_data(demo_scenario())
+        scenario = demo_scenario()
+        assert isinstance(scenario.task, LanguageModelConfig)
+        text = split_scenario_text(scenario, scenario.task)
         for site, shard in text.shards.items():
             (folder / f"{site}.txt").write_bytes(shard)
         partial = held_out.with_suffix(f".{id(text)}")  # several processes may be at it
@@ -241,7 +247,7 @@ def evaluate(task: Task, model: nn.Module, dtype: torch.dtype) -> float:
     """The held-out loss of a model, which is left in training mode."""
     model.eval()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss = task.evaluate(model)
+        loss = task.evaluate(model).loss
     model.train()
     return loss
 

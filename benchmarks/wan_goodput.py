@@ -12,10 +12,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.bulk import events_of, listen_address, publish, set_peer_address, wait_for, write_random_bytes
+from benchmarks.bulk import events_of, linked_nodes, publish, wait_for
 from benchmarks.figure import print_figure
-from benchmarks.site_pair import SITES, running_nodes, write_node_files
-from p2pcodistill.simulation.shaping import LinkShape, ShapedLink
+from benchmarks.site_pair import SITES
+from p2pcodistill.simulation.shaping import LinkShape
 
 SHAPE = LinkShape(bandwidth_mbit=20.0, latency_ms=100.0, reset_interval_s=30.0)
 MIN_S = 90.0
@@ -32,19 +32,10 @@ def main() -> None:
 
 
 async def _measure(folder: Path) -> None:
-    teacher, student = SITES
-    write_random_bytes(folder / "payload", NUM_BYTES)
-    write_node_files(folder, "benchmarks.bulk", {"max_frame_bytes": 1 << 30})
-    link = ShapedLink(listen_address(folder / f"{teacher}.toml"), SHAPE)
-    set_peer_address(folder / f"{student}.toml", teacher, await link.open())
-    set_peer_address(folder / f"{teacher}.toml", student, None)
-    try:
-        with running_nodes(folder):
-            fetched = await asyncio.to_thread(_fetch, folder)
-            cpu_s = time.process_time()
-    finally:
-        await link.close()
-    losses = events_of(folder / student, "link-measured")[-1]["num_connection_losses"]
+    async with linked_nodes(folder, NUM_BYTES, SHAPE) as (link, _):
+        fetched = await asyncio.to_thread(_fetch, folder)
+        cpu_s = time.process_time()
+    losses = events_of(folder / SITES[1], "link-measured")[-1]["num_connection_losses"]
     value = round(NUM_BYTES / fetched["duration_s"] / _CAPACITY_BYTES_S, 3)
     print_figure(
         "wan_goodput_ratio",

@@ -11,17 +11,18 @@ from p2pcodistill.checkpoint.store import FrameStore, StoredFrame
 from p2pcodistill.codistill.freshness import AgeClock
 from p2pcodistill.errors import OversizedError, RefusedError
 from p2pcodistill.gossip import protocol as gossip
-from p2pcodistill.group.link import (
+from p2pcodistill.group.link import NodeLink
+from p2pcodistill.group.link_messages import (
     ChainBroken,
     FrameOffer,
     FrameOffered,
     KeyframeWanted,
-    NodeLink,
     VersionKnown,
 )
 from p2pcodistill.publisher import Publisher
 from p2pcodistill.runfolder import is_full_disk
-from p2pcodistill.telemetry import EventLog, PeerDisconnected, Refused, VersionAnnounced
+from p2pcodistill.telemetry.log import EventLog
+from p2pcodistill.telemetry.node_events import PeerDisconnected, Refused, VersionAnnounced
 from p2pcodistill.transport.base import Transport
 from p2pcodistill.transport.refusals import RefusalLog
 
@@ -30,6 +31,9 @@ _NUM_OFFERS_KEPT = 2
 
 _MAX_VERSIONS_KNOWN = 32
 """Of each teacher: all of them go into one message."""
+
+_FLUSH_BYTES = 32 << 20
+"""So many bytes of chunks are worth a flush: it costs the disk more than them."""
 
 
 class Performer:
@@ -59,6 +63,8 @@ class Performer:
         self._serve, self._forget = serve, forget
         self._offered: dict[str, list[tuple[StoredFrame, ...]]] = {teacher: [] for teacher in teachers}
         self._ages = AgeClock(clock, max_versions=_MAX_VERSIONS_KNOWN)
+        self._num_unflushed_bytes = 0
+        self._flushing: asyncio.Future[None] | None = None
         for teacher in teachers:
             if chain := self._extend(teacher):
                 self._ages.hear({teacher: chain[-1].version})
@@ -84,6 +90,7 @@ class Performer:
                     return [gossip.FetchRefused(signed.frame_id, error.reason, str(error))]
             case gossip.StoreChunk(frame_id, index, data):
                 self._store.put_chunk(frame_id, index, data)
+                self._flush(frame_id, len(data))
             case gossip.CompleteFrame(frame_id):
                 try:
                     stored = await asyncio.to_thread(self._store.complete, frame_id)
@@ -121,6 +128,13 @@ class Performer:
                     self._ages.hear({event.origin: Version(event.incarnation, event.step)})
                     await self._link.send(VersionKnown(event.origin, event.incarnation, event.step))
         return []
+
+    def _flush(self, frame_id: str, num_bytes: int) -> None:
+        """Let the disk have what is there while the rest is on its way: little is left to do in the end."""
+        self._num_unflushed_bytes += num_bytes
+        if self._num_unflushed_bytes >= _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+            self._num_unflushed_bytes = 0
+            self._flushing = asyncio.get_running_loop().run_in_executor(None, self._store.flush, frame_id)
 
     # --- what the ranks are offered --------------------------------------------------------------------------------
 

@@ -66,6 +66,11 @@ examples:
   p2pcodistill topology torus:4x4 --draw torus.png
   p2pcodistill topology topologies/three-continents.json --parameters 1.3e9 --exchange-interval-s 600
 """
+_VOCABULARY_EPILOG = """\
+examples:
+  p2pcodistill vocabulary train corpus/ --size 24006 --out vocabulary.json
+  p2pcodistill vocabulary train hf:roneneldan/TinyStories --size 4000 --max-bytes 50000000
+"""
 _DECODE_EPILOG = """\
 examples:
   p2pcodistill frame decode runs/run-berlin --origin tokyo --out tokyo.safetensors
@@ -148,14 +153,20 @@ def _parser() -> argparse.ArgumentParser:
 
     simulate = commands.add_parser(
         "simulate",
-        help="run a scenario on this machine, with real node processes",
-        description="Run a scenario: every site of every arm as a real node on loopback; ends with a report.",
+        help="run a scenario on this machine, with real node processes or in virtual time",
+        description="Run a scenario: every site of every arm as a real node, or all of them in virtual time; ends with a "
+        "report.",
     )
     simulate.add_argument("file", metavar="FILE", type=Path, help="the scenario (TOML), see simulations/")
     simulate.add_argument(
         "--data", metavar="PATH", nargs="+", type=Path, help="text to use instead of the scenario's"
     )
     simulate.add_argument("--runs", metavar="FOLDER", type=Path, default=Path("runs"), help="default: runs")
+    simulate.add_argument(
+        "--namespaces",
+        action="store_true",
+        help="give each site of a codistilled arm a network namespace and an address of its own (Linux, root)",
+    )
     _add_set(simulate)
     simulate.set_defaults(call=_simulate)
 
@@ -194,6 +205,40 @@ def _parser() -> argparse.ArgumentParser:
     topology.add_argument("--draw", metavar="FILE", type=Path, help="draw it into a .png, .svg or .pdf file")
     topology.add_argument("--json", action="store_true", help="print one JSON object")
     topology.set_defaults(call=_topology)
+
+    vocabulary = commands.add_parser(
+        "vocabulary",
+        help="word pieces for the language model",
+        description="Without a vocabulary, a language model predicts bytes; with one, pieces of words.",
+    )
+    vocabulary_commands = vocabulary.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    train_vocabulary = vocabulary_commands.add_parser(
+        "train",
+        help="make a vocabulary of text",
+        description="Train word pieces on text, once for all sites of a run: all of them need the same file.",
+        epilog=_VOCABULARY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train_vocabulary.add_argument(
+        "data", metavar="DATA", nargs="+", type=Path, help="files or folders of text, or hf: data sets"
+    )
+    train_vocabulary.add_argument(
+        "--size",
+        metavar="TOKENS",
+        type=int,
+        default=24_006,
+        help="tokens, six special ones included (default: 24006, as in the paper)",
+    )
+    train_vocabulary.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path("vocabulary.json"), help="default: vocabulary.json"
+    )
+    train_vocabulary.add_argument(
+        "--text-column", metavar="COLUMN", default="text", help="of hf: data sets (default: text)"
+    )
+    train_vocabulary.add_argument(
+        "--max-bytes", metavar="BYTES", type=_positive, help="read at most this much text (default: all)"
+    )
+    train_vocabulary.set_defaults(call=_train_vocabulary)
 
     frame = commands.add_parser(
         "frame",
@@ -240,6 +285,13 @@ def _add_max_bytes(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _positive(text: str) -> int:
+    """An argument that counts. Raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
 def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
@@ -282,11 +334,11 @@ def _node(options: argparse.Namespace) -> int:
 
     from p2pcodistill.node import Node
     from p2pcodistill.report.live import make_view
-    from p2pcodistill.tasks.text import require_text_files
+    from p2pcodistill.tasks.preflight import require_data
 
     config, base_folder = _node_config(options)
     if config.group.script is None:
-        require_text_files(
+        require_data(
             config.task.located_in(base_folder),
             batch_size=config.training.batch_size,
             num_ranks=config.group.num_ranks,
@@ -306,7 +358,9 @@ def _node(options: argparse.Namespace) -> int:
 
 
 def _node_config(options: argparse.Namespace) -> tuple[NodeConfig, Path]:
-    from p2pcodistill.config import NodeConfig, load_toml, override, parse_model, parse_peer
+    from p2pcodistill.config import NodeConfig, parse_peer
+    from p2pcodistill.strict import load_toml, override, parse_model
+    from p2pcodistill.task_configs import entry_in
 
     table: dict[str, Any] = load_toml(options.file) if options.file else {}
     # Relative paths in a file mean its folder, those of flags the current one.
@@ -327,7 +381,7 @@ def _node_config(options: argparse.Namespace) -> tuple[NodeConfig, Path]:
         if options.task is not None:
             task["name"] = options.task
         if options.data is not None:
-            task["data"] = [str(Path(path).absolute()) for path in options.data]
+            task["data"] = [str(entry_in(Path(), Path(entry))) for entry in options.data]
     table = override(table, options.set)
     if "name" not in table:
         raise ConfigError("a node needs a name: give --name NAME, or a file that has one")
@@ -339,7 +393,12 @@ def _simulate(options: argparse.Namespace) -> int:
     from p2pcodistill.simulation.processes import simulate
 
     return simulate(
-        options.file, data=options.data or (), overrides=options.set, run_root=options.runs, stream=sys.stdout
+        options.file,
+        data=options.data or (),
+        overrides=options.set,
+        run_root=options.runs,
+        stream=sys.stdout,
+        in_namespaces=options.namespaces,
     )
 
 
@@ -360,6 +419,19 @@ def _topology(options: argparse.Namespace) -> int:
         assumptions=assumptions,
         picture=options.draw,
         as_json=options.json,
+        stream=sys.stdout,
+    )
+
+
+def _train_vocabulary(options: argparse.Namespace) -> int:
+    from p2pcodistill.tasks.vocabulary_training import train_vocabulary
+
+    return train_vocabulary(
+        options.data,
+        options.out,
+        size=options.size,
+        text_column=options.text_column,
+        max_bytes=options.max_bytes,
         stream=sys.stdout,
     )
 

@@ -1,56 +1,30 @@
-"""Strict, frozen models of the files a user writes, and one clear line for everything that is wrong in them.
+"""The models of a node: `NodeConfig` is a site's file (`nodes/`), `GroupSpec` what a node writes for its ranks.
 
-Unknown keys are errors that name the key and the nearest valid one; one file describes a run completely. `NodeConfig` is a
-site's file (`nodes/`), `GroupSpec` is what a node writes for its ranks; the scenario file's model, which embeds these, is in
-`simulation/scenario.py`. Fields carry their unit in their name; each is documented here and in the README.
+The scenario file's model, which embeds these, is in `simulation/scenario.py`. One file describes a run completely. Fields
+carry their unit in their name; each is documented here and in the README.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import json
-import tomllib
-import typing
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
-from p2pcodistill.errors import ConfigError, IdentityError, UserError
+from p2pcodistill.errors import ConfigError, IdentityError
 from p2pcodistill.identity import PublicIdentity, check_site_name
-
-MAX_CONFIG_FILE_BYTES = 1 << 20
-_MAX_SHOWN_CHARS = 80
-
-
-class StrictModel(BaseModel):
-    """Base of every configuration model: frozen, no unknown keys, no silent conversions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
-
-
-def _accepted_by(check: Callable[[str], object]) -> BeforeValidator:
-    """Refuses the text that `check` does, in its words; what is no text is the model's to refuse."""
-
-    def validate(value: object) -> object:
-        try:
-            if isinstance(value, str):
-                check(value)
-        except UserError as error:
-            raise PydanticCustomError("user_error", "{why}", {"why": str(error)}) from None
-        return value
-
-    return BeforeValidator(validate)
-
-
-SiteName = Annotated[str, _accepted_by(check_site_name)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from p2pcodistill.strict import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SiteName,
+    StrictModel,
+    accepted_by,
+    parse_model,
+)
+from p2pcodistill.task_configs import LanguageModelConfig, TaskConfig
 
 
 class CodistillationConfig(StrictModel):
@@ -108,16 +82,40 @@ class TrainingConfig(StrictModel):
     """Updates of the whole run."""
     batch_size: PositiveInt = 32
     """Examples (documents, for the language model) per step and rank."""
+    optimizer: Literal["adam", "sgd", "adagrad"] = "adam"
+    """What makes updates of gradients."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of `sgd`: the share of the last update that goes on in the next one."""
+    nesterov: bool = False
+    """Of `sgd` with momentum: look ahead along it (Nesterov)."""
     learning_rate: PositiveFloat = 2e-3
-    """Peak rate of Adam."""
-    learning_rate_schedule: Literal["cosine", "constant"] = "cosine"
-    """`cosine` decays to zero over the run (a constant rate flatters codistillation)."""
+    """Peak rate of the optimizer."""
+    reference_batch_size: PositiveInt | None = None
+    """Linear scaling (Goyal et al. 2017): `learning_rate` is for so many examples a step, and grows with those of all."""
+    learning_rate_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """`cosine` and `linear` decay to zero over the run (a constant rate flatters codistillation)."""
+    learning_rate_drops: tuple[tuple[PositiveInt, PositiveFloat], ...] = ()
+    """`[[step, factor], ...]`: from each such step on, the rate is multiplied by the factor, on top of the schedule."""
     warmup_steps: NonNegativeInt = 0
-    """Steps over which the rate first grows linearly."""
+    """Steps over which the rate first grows linearly: from 0, or under the scaling rule from `learning_rate`."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Pull of the weights towards zero, as a part of the gradient; for `adam` decoupled from it (AdamW)."""
+    weight_decay_changes: tuple[tuple[PositiveInt, NonNegativeFloat], ...] = ()
+    """`[[step, value], ...]`: the weight decay from each such step on (Sodhani et al. 2020: 1e-4, then 1e-5, then 0)."""
+    decay_norms_and_biases: bool = True
+    """Whether weight decay is for tensors of one dimension, too: biases and scales of norms (Goyal et al. 2017: false)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target distribution that is taken from the label; 0: none."""
+    label_smoothing_prior: Literal["uniform", "unigram"] = "uniform"
+    """Where that share goes: to all classes alike, or by how often each was the label so far."""
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Evaluate and keep a moving average of the weights with this decay a step (0.99: of 100 steps); 0: the last weights."""
     max_gradient_norm: NonNegativeFloat = 1.0
     """Clip the global norm of the gradient to this; 0 does not clip."""
     seed: NonNegativeInt = 0
     """Seeds initialisation and example order, together with the site's name: sites differ under one seed."""
+    initialisation_seed: NonNegativeInt | None = None
+    """Seeds initialisation alone: sites that share it start from the same model; none: `seed` does."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast of forward passes. `auto`: bfloat16 where the processor computes it natively, else float32."""
     evaluation_interval_steps: PositiveInt = 50
@@ -126,6 +124,18 @@ class TrainingConfig(StrictModel):
     """Steps between two training checkpoints, from which a restarted group goes on."""
     report_interval_steps: PositiveInt = 10
     """Steps between two `step-measured` events."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.optimizer != "sgd" and (self.momentum or self.nesterov):
+            raise ConfigError(f'momentum and nesterov are for optimizer = "sgd", not {self.optimizer!r}')
+        if self.nesterov and not self.momentum:
+            raise ConfigError("nesterov looks ahead along the momentum: set momentum, or remove nesterov")
+        for key in ("learning_rate_drops", "weight_decay_changes"):
+            steps = [step for step, _ in getattr(self, key)]
+            if steps != sorted(set(steps)):
+                raise ConfigError(f"{key} come in the order of their steps, each once: these are at {steps}")
+        return self
 
     def of_site(self, name: str) -> TrainingConfig:
         """The same for one site: its seed is made of the run's and of the site's name.
@@ -136,36 +146,6 @@ class TrainingConfig(StrictModel):
         # 31 bits; hashed, because ranks count up from it.
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
         return self.model_copy(update={"seed": seed})
-
-
-class LanguageModelConfig(StrictModel):
-    """The language-model task: a byte-level LSTM whose hidden state is carried across windows."""
-
-    name: Literal["language-model"] = "language-model"
-    """What is trained: a byte-level LSTM language model, its hidden state carried from window to window."""
-    data: tuple[Path, ...] = ()
-    """Files or folders of text of this site; empty: this site's share of the Python standard library's sources."""
-    held_out: tuple[Path, ...] = ()
-    """Files or folders to evaluate on; empty: a part of `data` that is then not trained on."""
-    max_data_bytes: PositiveInt | None = None
-    """Train on at most this much text."""
-    max_held_out_bytes: PositiveInt = 32_768
-    """Evaluate on at most this much text."""
-    embedding_size: PositiveInt = 64
-    """Width of a byte's embedding."""
-    hidden_size: PositiveInt = 256
-    """Width of each LSTM layer."""
-    num_layers: PositiveInt = 2
-    """LSTM layers."""
-    window_bytes: PositiveInt = 32
-    """Truncation length of back-propagation through time."""
-
-    def located_in(self, base_folder: Path) -> LanguageModelConfig:
-        """The same task with absolute paths; relative ones mean `base_folder`."""
-        data, held_out = (
-            tuple((base_folder / path).absolute() for path in paths) for paths in (self.data, self.held_out)
-        )
-        return self.model_copy(update={"data": data, "held_out": held_out})
 
 
 class GroupConfig(StrictModel):
@@ -194,7 +174,7 @@ class PeerConfig(StrictModel):
 
     name: SiteName
     """The peer's name."""
-    public_identity: Annotated[str, _accepted_by(PublicIdentity.parse)]
+    public_identity: Annotated[str, accepted_by(PublicIdentity.parse)]
     """The line that `p2pcodistill keygen` printed at the peer's site."""
     address: str | None = None
     """Where the peer listens, `tcp://host:port`; leave it out for a peer that dials us (behind NAT)."""
@@ -229,7 +209,7 @@ class NodeConfig(StrictModel):
     relays: tuple[SiteName, ...] = ()
     """Members to connect to besides neighbours: they pass on what cannot travel directly (two sites behind NAT)."""
     relay: bool = True
-    """Whether this site passes checkpoints on between two members that cannot connect and ask it to."""
+    """Whether this site fetches checkpoints for two members that cannot connect and ask it to."""
     revoked: tuple[SiteName, ...] = ()
     """Members whose key this site no longer trusts: refused, and nobody waits for them. Can change while the node runs."""
     max_frame_bytes: PositiveInt = 4 << 30
@@ -239,7 +219,7 @@ class NodeConfig(StrictModel):
     linger_s: NonNegativeFloat = 600.0
     """How long a finished site serves its last checkpoint to neighbours that have not finished."""
     group: GroupConfig = GroupConfig()
-    task: LanguageModelConfig = LanguageModelConfig()
+    task: TaskConfig = LanguageModelConfig()
     training: TrainingConfig = TrainingConfig()
     codistillation: CodistillationConfig = CodistillationConfig()
     frames: FramesConfig = FramesConfig()
@@ -292,149 +272,14 @@ class GroupSpec(StrictModel):
     that stays."""
     num_students: NonNegativeInt
     """How many sites learn from this one; with none, nothing is published."""
-    shard_index: NonNegativeInt
-    num_shards: PositiveInt
-    """This site's share of text that all sites have (used when `task.data` is empty)."""
     group: GroupConfig
-    task: LanguageModelConfig
+    task: TaskConfig
     training: TrainingConfig
     codistillation: CodistillationConfig
     frames: FramesConfig
 
 
 GROUP_SPEC_VARIABLE = "P2PCODISTILL_GROUP"
-
-Model = TypeVar("Model", bound=StrictModel)
-
-
-def load_toml(path: Path) -> dict[str, Any]:
-    """The table in the TOML file `path`. Raises ConfigError that names the file."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_CONFIG_FILE_BYTES + 1)
-    except FileNotFoundError:
-        raise ConfigError(f"no such file: {path}") from None
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    if len(raw) > MAX_CONFIG_FILE_BYTES:
-        raise ConfigError(
-            f"{path} is larger than {MAX_CONFIG_FILE_BYTES >> 20} MiB: not a configuration file"
-        )
-    try:
-        return _parse_toml(raw.decode(), source=str(path))
-    except UnicodeDecodeError:
-        raise ConfigError(f"cannot read {path}: it is not UTF-8 text") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
-
-
-def _parse_toml(text: str, *, source: str) -> dict[str, Any]:
-    """Raises TOMLDecodeError, and ConfigError for TOML beyond what Python's parser can take."""
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
-        raise
-    except (RecursionError, ValueError) as error:
-        raise _excessive(source, error) from None
-
-
-def _excessive(source: str, error: RecursionError | ValueError) -> ConfigError:
-    match error:
-        case RecursionError():
-            why = "its values are nested too deeply"
-        case UnicodeEncodeError():
-            why = "it is not Unicode text"
-        case _:  # of Python's own limit on converting between text and integers
-            why = "it holds a number with too many digits"
-    return ConfigError(f"{source}: {why}")
-
-
-def parse_model(model: type[Model], table: Mapping[str, Any], *, source: str) -> Model:
-    """`table` as a `model`. Raises ConfigError: one line that names `source`, the key and what to write instead."""
-    try:
-        document = json.dumps(table, default=str, ensure_ascii=False).encode()
-    except (RecursionError, ValueError) as error:
-        raise _excessive(source, error) from None
-    try:
-        # Through JSON, so that strict mode takes arrays for tuples and strings for paths, and nothing else.
-        return model.model_validate_json(document)
-    except ValidationError as error:
-        # A misspelt key is also a missing one: name the misspelling.
-        first, *others = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-        if first["type"] == "json_invalid":  # it is valid, but pydantic takes fewer levels than `json`
-            raise _excessive(source, RecursionError()) from None
-        more = f" (and {len(others)} more)" if others else ""
-        raise ConfigError(f"{source}: {_describe(model, first)}{more}") from None
-    except UserError as error:
-        raise ConfigError(f"{source}: {error}") from None
-
-
-def _describe(model: type[StrictModel], error: Any) -> str:
-    location = tuple(error["loc"])
-    key = ".".join(str(part) for part in location)
-    if error["type"] == "extra_forbidden":
-        valid = _fields_at(model, location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(valid)}"
-        return f"unknown key {key!r}: {hint}"
-    if error["type"] == "missing":
-        return f"the key {key!r} is missing"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    given = error.get("input")
-    # This package's own messages show what was given where that helps.
-    is_shown = isinstance(given, str | int | float | bool) and error["type"] != "user_error"
-    shown = f", got {_shorten(repr(given))}" if is_shown else ""
-    return f"{key}: {message[:1].lower()}{message[1:]}{shown}"
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[: _MAX_SHOWN_CHARS - 3]}..."
-
-
-def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """The valid keys of the (possibly nested) model that `location` leads to."""
-    current: Any = model
-    for part in location:
-        if isinstance(part, str) and part in getattr(current, "model_fields", {}):
-            current = _model_in(current.model_fields[part].annotation)
-    return list(getattr(current, "model_fields", {}))
-
-
-def _model_in(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in typing.get_args(annotation):
-        found = _model_in(argument)
-        if found is not None:
-            return found
-    return None
-
-
-def override(table: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """`table` with each `dotted.key=value` of the command line's `--set` applied; values are TOML, else plain text.
-
-    `table` stays as it is, and the result shares with it what is the same. Raises ConfigError for an assignment that has
-    no `=`, that leads into something that is not a table or whose value is beyond what a configuration can hold.
-    """
-    result = dict(table)
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"--set takes KEY=VALUE, got {assignment!r}")
-        try:
-            value = _parse_toml(f"value = {text}", source=f"--set {key.strip()}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        *parents, last = key.strip().split(".")
-        current = result
-        for parent in parents:
-            inner = current.get(parent, {})
-            if not isinstance(inner, dict):
-                raise ConfigError(f"--set {key}: {parent!r} is not a table")
-            current[parent] = dict(inner)
-            current = current[parent]
-        current[last] = value
-    return result
 
 
 def parse_peer(text: str) -> PeerConfig:

@@ -45,6 +45,10 @@ class GroupError(UserError):
     """The site's workers cannot be started, or failed more often than the node may restart them."""
 
 
+class NamespaceError(UserError):
+    """Network namespaces cannot be made on this machine, or by this user."""
+
+
 # --- refused: from the network or from a file that somebody else wrote
 
 

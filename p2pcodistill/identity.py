@@ -98,8 +98,12 @@ class Identity:
     signing_secret: bytes = field(repr=False)
     curve_secret: bytes = field(repr=False)
     public: PublicIdentity
+    _signing_key: Ed25519PrivateKey = field(init=False, repr=False, compare=False)
 
     MODE: ClassVar[int] = 0o600
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_signing_key", Ed25519PrivateKey.from_private_bytes(self.signing_secret))
 
     @classmethod
     def generate(cls) -> Identity:
@@ -116,7 +120,7 @@ class Identity:
 
     def sign(self, message: bytes) -> bytes:
         """The 64-byte Ed25519 signature of `message`."""
-        return Ed25519PrivateKey.from_private_bytes(self.signing_secret).sign(message)
+        return self._signing_key.sign(message)
 
     def save(self, path: Path) -> None:
         """Write the identity file, mode 0600. Never overwrites: raises IdentityError if `path` exists."""

@@ -11,15 +11,17 @@ from collections.abc import Callable, Collection, Mapping
 
 from p2pcodistill.checkpoint.manifest import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES
 from p2pcodistill.gossip.window import LinkEstimate
-from p2pcodistill.telemetry import LinkMeasured
+from p2pcodistill.telemetry.node_events import LinkMeasured
 from p2pcodistill.transport.base import Traffic
 from p2pcodistill.transport.shaper import BYTES_PER_MBIT, UploadCaps
 
 CHUNK_S = 0.5
 """How long a chunk takes on the slowest link to a student: a cut costs little, and deadlines stay near."""
 LEAST_CHUNK_BYTES = 64 << 10
-LARGEST_WANTED_CHUNK_BYTES = DEFAULT_CHUNK_BYTES
-"""Larger messages cost the processor more (pages are mapped for each); only very large frames have larger chunks."""
+LARGEST_WANTED_CHUNK_BYTES = 512 << 10
+"""On a fast link it counts what each chunk costs the processor; larger ones cost more again, for want of memory at hand."""
+MIN_CHUNKS = 64
+"""Of a frame whose chunks are larger than by default: peers are to have something for each other."""
 MAX_CHUNKS = 4096
 """Of a frame, where MAX_CHUNK_BYTES allows: a manifest of 128 KiB."""
 MIN_MOVED_BYTES = 1 << 16
@@ -32,6 +34,8 @@ def choose_chunk_bytes(num_frame_bytes: int, slowest_bytes_s: float | None) -> i
     if slowest_bytes_s is not None:
         wanted_bytes = min(max(CHUNK_S * slowest_bytes_s, LEAST_CHUNK_BYTES), LARGEST_WANTED_CHUNK_BYTES)
         chunk_bytes = 1 << (int(wanted_bytes).bit_length() - 1)
+        while chunk_bytes > DEFAULT_CHUNK_BYTES and chunk_bytes * MIN_CHUNKS > num_frame_bytes:
+            chunk_bytes //= 2
     while chunk_bytes * MAX_CHUNKS < num_frame_bytes and chunk_bytes < MAX_CHUNK_BYTES:
         chunk_bytes *= 2
     return chunk_bytes

@@ -27,47 +27,40 @@ from p2pcodistill.config import GroupSpec, NodeConfig
 from p2pcodistill.errors import MalformedError, RunFolderError, UserError
 from p2pcodistill.gossip import protocol as gossip
 from p2pcodistill.group.lifeline import adopt_orphans
-from p2pcodistill.group.link import (
+from p2pcodistill.group.link import NodeLink
+from p2pcodistill.group.link_messages import (
     ChainBroken,
     EventHappened,
     FrameReady,
     Joined,
     Left,
     LinksMeasured,
-    NodeLink,
     ReferenceReady,
     StopRequested,
     TrustChanged,
     Welcome,
 )
 from p2pcodistill.group.supervise import StopSwitch, Supervisor, first_of
-from p2pcodistill.identity import Identity, PublicIdentity
 from p2pcodistill.linger import linger
 from p2pcodistill.links import LinkMeter
+from p2pcodistill.measuring import Measurements
 from p2pcodistill.publisher import Publisher
 from p2pcodistill.reload import Reload, compare
 from p2pcodistill.runfolder import RunFolder, is_full_disk
-from p2pcodistill.telemetry import (
-    ConfigReloaded,
-    EventLog,
-    NodeStarted,
-    NodeStopped,
-    Record,
-    Refused,
-    TrafficMeasured,
-)
-from p2pcodistill.topology.build import build_topology
+from p2pcodistill.site_plan import SitePlan
+from p2pcodistill.telemetry.log import EventLog
+from p2pcodistill.telemetry.node_events import ConfigReloaded, NodeStarted, NodeStopped, Refused
+from p2pcodistill.telemetry.records import Record
 from p2pcodistill.transport.base import Closed, Opened, Received, Rejected
+from p2pcodistill.transport.buffers import keep_freed_buffers
 from p2pcodistill.transport.refusals import RefusalLog
 from p2pcodistill.transport.shaper import UploadCaps
-from p2pcodistill.transport.zeromq import PeerEndpoint, ZeroMQTransport
+from p2pcodistill.transport.zeromq import ZeroMQTransport
 from p2pcodistill.uploads import Uploads
 
 TICK_S = 1.0
 REFUSAL_INTERVAL_S = 1.0
-LINK_INTERVAL_S = 5.0
 LAST_WORDS_TIMEOUT_S = 20.0
-MIN_TRAFFIC_BYTES = 4096
 REVOKED_WHY = "it is listed under `revoked`"
 
 
@@ -93,46 +86,29 @@ class Node:
         """`base_folder` is what relative paths in `config` mean; `subscriber` sees every event as a record. `reload` reads
         the configuration again, at a SIGHUP; without it that stops the node."""
         self._config = config
-        self._identity = Identity.load(base_folder / (config.identity or f"{config.name}.key"))
-        members = config.ordered_members
-        self._topology = build_topology(config.topology, members, base_folder=base_folder)
-        keys = {peer.name: peer.identity for peer in config.peers} | {config.name: self._identity.public}
-        self._keys: dict[str, PublicIdentity] = {member: keys[member] for member in members}
-        self._teachers = self._topology.teachers_of(config.name)
-        self._neighbours = self._topology.neighbours_of(config.name)
-        self._others = [name for name in members if name != config.name and name not in self._teachers]
-        # Any member may need a relay here; neighbours and this site's own relays are dialled.
-        dialled = self._dialled = (*self._neighbours, *config.relays)
-        endpoints = {
-            peer.name: PeerEndpoint(peer.identity, peer.address if peer.name in dialled else None)
-            for peer in config.peers
-        }
-        self._transport = ZeroMQTransport(self._identity, config.listen, endpoints, denied=config.revoked)
-        folder = base_folder / (config.run_folder or f"runs/{config.run}-{config.name}")
-        self._folder = RunFolder(folder.absolute(), self._describe())
-        self._task = config.task.located_in(base_folder)
-        script = config.group.script and (base_folder / config.group.script).absolute()
-        self._group_config = config.group.model_copy(update={"script": script})
-        self._store = FrameStore(self._folder.store, site=config.name, keys=self._keys)
+        self._plan = plan = SitePlan(config, base_folder=base_folder)
+        self._transport = ZeroMQTransport(plan.identity, config.listen, plan.endpoints, denied=config.revoked)
+        self._folder = RunFolder(plan.run_folder, plan.describe())
+        self._store = FrameStore(self._folder.store, site=config.name, keys=plan.keys)
         self._events = EventLog(self._folder.events, *([subscriber] if subscriber else []))
         self._link = NodeLink(self._folder.link_pointer)
         self._gossip = gossip.Gossip(
             site=config.name,
             run=config.run,
-            members=self._keys,
-            teachers=self._teachers,
-            students=self._topology.students_of(config.name),
-            members_digest=gossip.members_digest(self._keys),
-            topology_digest=self._topology.digest,
+            members=plan.keys,
+            teachers=plan.teachers,
+            students=plan.students,
+            members_digest=gossip.members_digest(plan.keys),
+            topology_digest=plan.topology.digest,
             incarnation=self._store.incarnation,
-            held={name: chain[-1].version for name in self._teachers if (chain := self._store.chain(name))},
+            held={name: chain[-1].version for name in plan.teachers if (chain := self._store.chain(name))},
             own_frames=[stored.signed for stored in self._store.frames(config.name)],
-            pinned_schemas={m: pin for m in members if (pin := self._store.pinned_schema(m)) is not None},
+            pinned_schemas={m: pin for m in plan.keys if (pin := self._store.pinned_schema(m)) is not None},
             max_frame_bytes=config.max_frame_bytes,
-            students_of={member: self._topology.students_of(member) for member in members},
+            students_of={member: plan.topology.students_of(member) for member in plan.keys},
             chains={
                 name: [stored.signed for stored in self._store.frames(name) if not stored.is_local]
-                for name in self._teachers
+                for name in plan.teachers
             },
             relay=config.relay,
         )
@@ -141,16 +117,17 @@ class Node:
         caps = UploadCaps.of(config)
         self._uploads = Uploads(self._store, self._transport, self._refusals, self._lose_frame, caps)
         self._links = LinkMeter(
-            self._topology.students_of(config.name),
+            plan.students,
             caps,
             self._transport.traffic,
             lambda: self._gossip.links,
             self._uploads.num_waiting_bytes,
         )
+        self._measurements = Measurements(self._transport.traffic, self._links, self._events)
         self._publisher = Publisher(
             config.name,
             config.run,
-            identity=self._identity,
+            identity=plan.identity,
             store=self._store,
             outbox=self._folder.outbox,
             events=self._events,
@@ -160,7 +137,7 @@ class Node:
             chunk_bytes=self._links.chunk_bytes,
         )
         self._performer = Performer(
-            self._teachers,
+            plan.teachers,
             store=self._store,
             transport=self._transport,
             link=self._link,
@@ -175,31 +152,13 @@ class Node:
         self._stop = StopSwitch(self._events)
         self._reload = reload
         self._reload_requested = asyncio.Event()
-        self._num_bytes_reported = 0
-        self._links_reported_s = 0.0
-
-    def _describe(self) -> dict[str, object]:
-        """What must be the same whenever this run goes on in its folder: all that training depends on."""
-        config = self._config
-        return {
-            "run": config.run,
-            "name": config.name,
-            "members": {name: str(key) for name, key in self._keys.items()},
-            "topology": self._topology.digest.hex(),
-            "task": config.task.model_dump(mode="json"),
-            "training": config.training.model_dump(mode="json"),
-            "codistillation": config.codistillation.model_dump(mode="json"),
-            "frames": config.frames.model_dump(mode="json"),
-            "group": config.group.model_dump(
-                mode="json", include={"num_ranks", "script", "script_arguments"}
-            ),
-        }
 
     # --- life ------------------------------------------------------------------------------------------------------
 
     async def run(self) -> Outcome:
         """Listen, train, exchange, finish, leave. Raises UserError (port in use, full disk, workers that keep failing)."""
         adopt_orphans()
+        keep_freed_buffers()
         outcome = Outcome("failed", 1)
         with self._stop.on_signals(self._reload_requested.set if self._reload else None):
             try:
@@ -211,7 +170,7 @@ class Node:
                         run=self._config.run,
                         listen=self._transport.listen_address,
                         incarnation=self._store.incarnation,
-                        neighbours=list(self._neighbours),
+                        neighbours=list(self._plan.neighbours),
                         pid=os.getpid(),
                     )
                 )
@@ -223,8 +182,7 @@ class Node:
             finally:
                 with contextlib.suppress(OSError):  # a full disk is told by the error that ended the tasks
                     self._refusals.flush(float("inf"))
-                    self._report_traffic()
-                    self._write_links()
+                    self._measurements.flush()
                     self._events.write(NodeStopped(site=self._config.name, reason=outcome.reason))
                 await self._transport.close()
                 self._link.close()
@@ -291,25 +249,7 @@ class Node:
         self._ranks_left.clear()
         token = secrets.token_hex(8)
         self._link.expect(token)
-        members = list(self._keys)
-        return GroupSpec(
-            site=self._config.name,
-            link_address=link_address,
-            link_token=token,
-            outbox_folder=self._folder.outbox,
-            training_folder=self._folder.training,
-            model_path=self._folder.model,
-            error_path=self._folder.group_error,
-            teachers=tuple(dict(table) for table in self._topology.schedule_of(self._config.name)),
-            num_students=len(self._topology.students_of(self._config.name)),
-            shard_index=members.index(self._config.name),
-            num_shards=len(members),
-            group=self._group_config,
-            task=self._task,
-            training=self._config.training.of_site(self._config.name),
-            codistillation=self._config.codistillation,
-            frames=self._config.frames,
-        )
+        return self._plan.group_spec(self._folder, link_address=link_address, link_token=token)
 
     async def _ask_ranks_to_stop(self) -> bool:
         """Ask the ranks to agree on a step, checkpoint and exit; False when none has joined, so that nothing is lost."""
@@ -337,10 +277,10 @@ class Node:
             await asyncio.sleep(TICK_S)
             await self._feed(gossip.Ticked())
             self._refusals.flush(time.monotonic())
-            self._report_traffic()
-            await self._report_links()
+            if (rate_bytes_s := self._measurements.tick()) is not None:
+                await self._link.send(LinksMeasured(rate_bytes_s))
             in_use = self._gossip.frames_in_use(time.monotonic()) | self._performer.frames_on_offer()
-            for frame_id in self._store.prune(keep_frame_ids=in_use, relayed_origins=self._others):
+            for frame_id in self._store.prune(keep_frame_ids=in_use, relayed_origins=self._plan.others):
                 await self._feed(gossip.FrameLost(frame_id))
 
     async def _pump_reloads(self) -> None:
@@ -367,7 +307,7 @@ class Node:
             self._transport.admit(name)
             await self._link.send(TrustChanged(name, is_trusted=True))
         for name, address in found.addresses.items():
-            if name in self._dialled:
+            if name in self._plan.dialled:
                 self._transport.move(name, address)
         changed = ["revoked"] if found.revoked or found.restored else []
         changed += [f"address of {name}" for name in found.addresses]
@@ -417,37 +357,6 @@ class Node:
 
     def _report_refusal(self, rejected: Rejected) -> None:
         self._events.write(Refused(rejected.peer, rejected.reason, rejected.why, rejected.num_times))
-
-    async def _report_links(self) -> None:
-        """Tell the event log of links that moved something, and rank 0 how much its frames may count on."""
-        if time.monotonic() - self._links_reported_s < LINK_INTERVAL_S:
-            return
-        self._links_reported_s = time.monotonic()
-        self._write_links()
-        rate_bytes_s = self._links.shared_rate_bytes_s()
-        if rate_bytes_s is not None:
-            await self._link.send(LinksMeasured(rate_bytes_s))
-
-    def _write_links(self) -> None:
-        for measured in self._links.measure():
-            self._events.write(measured)
-
-    def _report_traffic(self) -> None:
-        """Write what has moved since the last time, if it is more than signs of life."""
-        traffic = self._transport.traffic()
-        num_sent = sum(t.num_bytes_sent for t in traffic.values())
-        num_received = sum(t.num_bytes_received for t in traffic.values())
-        if num_sent + num_received < self._num_bytes_reported + MIN_TRAFFIC_BYTES:
-            return
-        self._num_bytes_reported = num_sent + num_received
-        self._events.write(
-            TrafficMeasured(
-                num_bytes_sent=num_sent,
-                num_bytes_received=num_received,
-                num_bytes_sent_by_peer={peer: t.num_bytes_sent for peer, t in traffic.items()},
-                num_bytes_received_by_peer={peer: t.num_bytes_received for peer, t in traffic.items()},
-            )
-        )
 
 
 def _first_leaf(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from p2pcodistill.checkpoint.chain import worth_keeping
+from p2pcodistill.checkpoint.durable import sync
 from p2pcodistill.checkpoint.manifest import (
     Manifest,
     SignedManifest,
@@ -28,10 +29,11 @@ from p2pcodistill.checkpoint.manifest import (
 )
 from p2pcodistill.checkpoint.store import FrameStore
 from p2pcodistill.errors import MalformedError, RefusedError
-from p2pcodistill.group.link import FrameReady, FrameTaken, ReferenceReady
+from p2pcodistill.group.link_messages import FrameReady, FrameTaken, ReferenceReady
 from p2pcodistill.identity import Identity
 from p2pcodistill.runfolder import is_full_disk
-from p2pcodistill.telemetry import EventLog, FramePublished, Refused
+from p2pcodistill.telemetry.log import EventLog
+from p2pcodistill.telemetry.node_events import FramePublished, Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +174,12 @@ class Publisher:
                 path.unlink(missing_ok=True)  # the chain itself does for a while
 
     async def _split(self, path: Path) -> _Chunks:
+        """Hash the file, and meanwhile let the disk have it: the store will want it to be durable."""
         num_bytes = self._chunk_bytes(path.stat().st_size)
-        return _Chunks(num_bytes, await asyncio.to_thread(digest_chunks, path, num_bytes))
+        digests, _ = await asyncio.gather(
+            asyncio.to_thread(digest_chunks, path, num_bytes), asyncio.to_thread(sync, path)
+        )
+        return _Chunks(num_bytes, digests)
 
     def _sign(
         self,
@@ -214,7 +220,7 @@ class Publisher:
             again = dataclasses.replace(stored.signed.manifest, version=version, base=base)
             signed = sign_manifest(again, self._identity)
             try:
-                await asyncio.to_thread(self._store.adopt, signed, copy)
+                await asyncio.to_thread(self._store.adopt, signed, copy, may_evict=False)
             except RefusedError as error:  # the store has no room for both; a new chain will be announced
                 copy.unlink(missing_ok=True)
                 self._last = None

@@ -2,7 +2,7 @@
 
 <run folder>/
   config.json        what this run is; a node with another configuration is refused
-  events.jsonl       every event of the node and its ranks, one JSON object a line (telemetry.py)
+  events.jsonl       every event of the node and its ranks, one JSON object a line (telemetry/)
   group.log          output of torchrun and the ranks
   group.json         what the node told its ranks at the last launch
   lock               held (flock) by the living node
@@ -11,6 +11,8 @@
   store/             signed frames, this site's and its teachers' (checkpoint/store.py)
   training/          training checkpoints, from which a restarted group goes on
   model.safetensors  the final model
+  predictions.safetensors  what it says of held-out examples
+  vocabulary.json    the word pieces that it predicts, if it is a language model of such
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 
 from p2pcodistill.errors import RunFolderError
 
+PREDICTIONS_FILE = "predictions.safetensors"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

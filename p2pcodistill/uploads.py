@@ -24,7 +24,8 @@ MAX_REQUESTS = 4096
 """Of one peer: a whole window of the smallest chunks, twice."""
 RETRY_S = 0.02
 """When to look again whether the transport has room for a peer."""
-
+MAX_BURST_BYTES = 1 << 20
+"""What is served in one go; others want their turn."""
 CHARGE_INTERVAL_S = 1.0
 """How long control may pile up before a cap sees it, while nobody is served."""
 
@@ -77,6 +78,7 @@ class Uploads:
 
     async def run(self) -> None:
         """Serve, for ever. Raises OSError when this site's own store cannot be read."""
+        num_burst_bytes = 0
         while True:
             now_s = time.monotonic()
             self._charge(now_s)
@@ -84,11 +86,15 @@ class Uploads:
             found = self._shaper.next(now_s, blocked=self._blocked_until_s)
             if found is None:
                 await self._wait(now_s)
-            else:
-                await self._serve(*found, now_s)
+                continue
+            num_bytes = await self._serve(*found, now_s)
+            num_burst_bytes += num_bytes
+            if not num_bytes or num_burst_bytes >= MAX_BURST_BYTES:
+                num_burst_bytes = 0
                 await asyncio.sleep(0)  # there may be many
 
-    async def _serve(self, peer: str, request: _Request, now_s: float) -> None:
+    async def _serve(self, peer: str, request: _Request, now_s: float) -> int:
+        """Serve one request, if there is room for it; how many bytes were sent."""
         frame_id, index = request
         data = self._store.read_chunk(frame_id, index)
         if data is None:
@@ -96,12 +102,12 @@ class Uploads:
             self._transport.send(peer, lane_of(gone), encode_message(gone))
             self._shaper.finish(peer, request)
             await self._lose(frame_id)
-            return
+            return 0
         chunk = Chunk(frame_id, index, data)
         payload = encode_message(chunk)
         if not self._transport.send(peer, lane_of(chunk), payload):
             self._blocked_until_s[peer] = now_s + RETRY_S
-            return
+            return 0
         self._shaper.finish(peer, request)
         num_bytes = sum(map(len, payload))
         self._num_bytes_sent[peer] = self._num_bytes_sent.get(peer, 0) + num_bytes
@@ -113,6 +119,7 @@ class Uploads:
             del sent[next(iter(sent))]
         if not self._shaper.is_capped:
             self._shaper.spend(peer, num_bytes, now_s)
+        return num_bytes
 
     async def _wait(self, now_s: float) -> None:
         """Until somebody asks, a cap lets something through, or it is time to try a peer again."""

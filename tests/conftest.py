@@ -2,9 +2,21 @@
 
 import os
 
+import pytest
+import zmq
 from hypothesis import settings
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 settings.register_profile("p2pcodistill", deadline=None)
 settings.load_profile("p2pcodistill")
+
+
+@pytest.fixture(scope="session")
+def zero_copy() -> None:
+    """pyzmq's thread for what libzmq is handed without a copy: it starts with the first such message, and stays."""
+    with zmq.Context() as context, context.socket(zmq.PAIR) as ours, context.socket(zmq.PAIR) as theirs:
+        ours.bind("inproc://zero-copy")
+        theirs.connect("inproc://zero-copy")
+        ours.send(bytes(2 * zmq.COPY_THRESHOLD), copy=False)
+        theirs.recv()

@@ -1,16 +1,19 @@
 """The performer: gossip's actions on a real store, and what the ranks are offered."""
 
+import asyncio
 import errno
 
 import pytest
 
+from p2pcodistill import actions
 from p2pcodistill.actions import Performer
 from p2pcodistill.checkpoint.manifest import Manifest, Version, digest_chunks, sign_manifest
 from p2pcodistill.checkpoint.store import FrameStore
 from p2pcodistill.gossip import protocol as gossip
-from p2pcodistill.group.link import ChainBroken, FrameOffered, KeyframeWanted, VersionKnown
+from p2pcodistill.group.link_messages import ChainBroken, FrameOffered, KeyframeWanted, VersionKnown
 from p2pcodistill.identity import Identity
-from p2pcodistill.telemetry import EventLog, PeerConnected, PeerDisconnected, Refused, VersionAnnounced
+from p2pcodistill.telemetry.log import EventLog
+from p2pcodistill.telemetry.node_events import PeerConnected, PeerDisconnected, Refused, VersionAnnounced
 from p2pcodistill.transport.refusals import RefusalLog
 
 BERLIN = Identity.from_secrets(b"\1" * 32, b"\2" * 32)
@@ -138,6 +141,20 @@ async def test_gossip_is_told_how_far_the_stored_chain_leads(site):
     assert stored.held is None, "there is no keyframe"
     _, stored = await site.fetch(50)
     assert stored.held == Version(1, 100)
+
+
+async def test_what_arrives_is_flushed_while_the_rest_is_on_its_way(site, monkeypatch):
+    loop, flushed = asyncio.get_running_loop(), asyncio.Queue()
+    monkeypatch.setattr(actions, "_FLUSH_BYTES", 150)
+    monkeypatch.setattr(
+        site.store, "flush", lambda frame_id: loop.call_soon_threadsafe(flushed.put_nowait, frame_id)
+    )
+    await site.fetch(50)
+    assert flushed.empty()
+    signed, _ = await site.fetch(100)
+    async with asyncio.timeout(30):
+        assert await flushed.get() == signed.frame_id
+    assert flushed.empty()
 
 
 async def test_the_ranks_are_offered_the_whole_chain_now_and_when_they_join(site):

@@ -119,6 +119,8 @@ def test_files_that_make_no_sense(folder):
     assert_one_line(run("node", "broken.toml", cwd=folder), "broken.toml is not valid TOML")
     assert_one_line(run("node", cwd=folder), "a node needs a name")
     assert_one_line(run("simulate", "missing.toml", cwd=folder), "missing.toml")
+    (folder / "few.toml").write_text('name = "few"\nmode = "virtual"\ntopology = "ring:4"\n[synthetic]\n')
+    assert_one_line(run("simulate", "--namespaces", "few.toml", cwd=folder), 'mode = "processes"')
 
 
 def test_graphs_that_do_not_fit_the_members(folder):

@@ -4,16 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pcodistill.config import (
-    MAX_CONFIG_FILE_BYTES,
-    NodeConfig,
-    load_toml,
-    override,
-    parse_model,
-    parse_peer,
-)
+from p2pcodistill.config import NodeConfig, parse_peer
 from p2pcodistill.errors import ConfigError, UserError
 from p2pcodistill.identity import Identity
+from p2pcodistill.strict import MAX_CONFIG_FILE_BYTES, load_toml, override, parse_model
 
 PUBLIC = str(Identity.from_secrets(b"s" * 32, b"c" * 32).public)
 
@@ -71,7 +65,10 @@ def test_a_minimal_file_has_the_documented_defaults():
             "frames.exchange_budget_bytes: .* equal to 1",
         ),
         ({"name": "b", "frame": {}}, "unknown key 'frame': did you mean 'frames'"),
-        ({"name": "b", "task": {"name": "vision"}}, "task.name: .*'language-model', got 'vision'"),
+        (
+            {"name": "b", "task": {"name": "vision"}},
+            "task.name: there is no 'vision'; use one of 'language-model'",
+        ),
         ({"name": "b", "peers": [{"name": "t", "publc_identity": "x"}]}, "did you mean 'public_identity'"),
         ({"name": "b/c"}, "name: 'b/c' cannot name a site"),
         ({"name": "b", "training": {"num_steps": -(10**4000)}}, r"training.num_steps: .* got -10{75}\.\.\.$"),

@@ -2,8 +2,14 @@
 
 from p2pcodistill.checkpoint.manifest import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES
 from p2pcodistill.gossip.window import LinkEstimate
-from p2pcodistill.links import LEAST_CHUNK_BYTES, MAX_CHUNKS, LinkMeter, choose_chunk_bytes
-from p2pcodistill.telemetry import LinkMeasured
+from p2pcodistill.links import (
+    LARGEST_WANTED_CHUNK_BYTES,
+    LEAST_CHUNK_BYTES,
+    MAX_CHUNKS,
+    LinkMeter,
+    choose_chunk_bytes,
+)
+from p2pcodistill.telemetry.node_events import LinkMeasured
 from p2pcodistill.transport.base import Traffic
 from p2pcodistill.transport.shaper import UploadCaps
 
@@ -78,7 +84,7 @@ def test_chunks_take_half_a_second_on_the_slowest_link():
     site = Site()
     assert site.meter.chunk_bytes(100 << 20) == DEFAULT_CHUNK_BYTES
     site.move("oslo", 0, rate_mbit=1000)
-    assert site.meter.chunk_bytes(100 << 20) == DEFAULT_CHUNK_BYTES
+    assert site.meter.chunk_bytes(100 << 20) == LARGEST_WANTED_CHUNK_BYTES
     site.move("lima", 0, rate_mbit=3)
     assert site.meter.chunk_bytes(100 << 20) == 1 << 17
 
@@ -86,6 +92,8 @@ def test_chunks_take_half_a_second_on_the_slowest_link():
 def test_chunks_stay_within_bounds_and_manifests_small():
     assert choose_chunk_bytes(1 << 20, 1.0) == LEAST_CHUNK_BYTES
     assert choose_chunk_bytes(1, None) == DEFAULT_CHUNK_BYTES
+    assert choose_chunk_bytes(1 << 20, 1e9) == DEFAULT_CHUNK_BYTES, "there would be nothing to share"
+    assert choose_chunk_bytes(32 << 20, 1e9) == 2 * DEFAULT_CHUNK_BYTES
     for num_frame_bytes in (1 << 28, 1 << 30, 10 << 30):
         chunk_bytes = choose_chunk_bytes(num_frame_bytes, 1.0)
         assert chunk_bytes & (chunk_bytes - 1) == 0

@@ -8,10 +8,10 @@ import pytest
 
 from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES, Version
 from p2pcodistill.checkpoint.store import FrameStore
-from p2pcodistill.group.link import FrameReady, ReferenceReady
+from p2pcodistill.group.link_messages import FrameReady, ReferenceReady
 from p2pcodistill.identity import Identity
 from p2pcodistill.publisher import Publisher
-from p2pcodistill.telemetry import EventLog
+from p2pcodistill.telemetry.log import EventLog
 
 IDENTITY = Identity.from_secrets(b"\1" * 32, b"\2" * 32)
 TOKYO = Identity.from_secrets(b"\3" * 32, b"\4" * 32)
@@ -165,6 +165,15 @@ async def test_no_room_under_the_stores_cap_refuses_a_frame_and_later_ones_fit(t
         assert {record["reason"] for record in desk.names("refused")} == {"oversized", "malformed"}
         await desk.publish(desk.ready(200))
         assert desk.answers[-1] == (200, None, True)
+
+
+async def test_a_keyframe_takes_the_room_of_older_frames(tmp_path):
+    async with running(Desk(tmp_path, max_bytes=2500)) as desk:
+        steps = (50, 100, 150, 200)
+        await desk.publish(*(desk.ready(step) for step in steps))
+        assert desk.answers == [(step, None, True) for step in steps]
+        assert [stored.version.step for stored in desk.store.frames("berlin")] == [150, 200]
+        assert len(desk.store.prune(keep_frame_ids=())) == 2, "what gave way is told"
 
 
 async def test_a_full_disk_stops_the_publisher_and_is_not_answered(tmp_path, monkeypatch):

@@ -13,13 +13,19 @@ from p2pcodistill.config import (
     CodistillationConfig,
     FramesConfig,
     GroupConfig,
-    LanguageModelConfig,
     NodeConfig,
     PeerConfig,
     TrainingConfig,
-    parse_model,
 )
 from p2pcodistill.identity import Identity
+from p2pcodistill.strict import parse_model
+from p2pcodistill.task_configs import (
+    ClicksConfig,
+    CustomTaskConfig,
+    DataSource,
+    ImagesConfig,
+    LanguageModelConfig,
+)
 from p2pcodistill.topology.build import build_topology
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +34,11 @@ SECTIONS = {
     "": NodeConfig,
     "[[peers]]": PeerConfig,
     "[group]": GroupConfig,
-    "[task]": LanguageModelConfig,
+    "[task]": DataSource,
+    "[task] language-model": LanguageModelConfig,
+    "[task] images": ImagesConfig,
+    "[task] clicks": ClicksConfig,
+    "[task] custom": CustomTaskConfig,
     "[training]": TrainingConfig,
     "[codistillation]": CodistillationConfig,
     "[frames]": FramesConfig,
@@ -43,7 +53,9 @@ def configuration_reference() -> list[str]:
         for key, field in model.model_fields.items():
             if section == "" and key in TABLES:
                 continue
-            default = "" if field.is_required() else f"`{show(field.default)}`"
+            if section.startswith("[task] ") and key in DataSource.model_fields:
+                continue
+            default = "" if field.is_required() else f"`{show(field.get_default(call_default_factory=True))}`"
             rows.append(f"| {section} | `{key}` | {default} | {field.description} |")
     return rows
 
@@ -51,7 +63,7 @@ def configuration_reference() -> list[str]:
 def show(value):
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "none"}[value]
-    return "[]" if value == () else repr(value).replace("'", '"')
+    return repr(list(value) if isinstance(value, tuple) else value).replace("'", '"')
 
 
 @pytest.mark.parametrize("row", configuration_reference())

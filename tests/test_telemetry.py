@@ -4,16 +4,10 @@ import json
 
 import pytest
 
-from p2pcodistill.telemetry import (
-    EVENT_TYPES,
-    Evaluated,
-    EventLog,
-    EventTail,
-    PeerConnected,
-    TeacherSwapped,
-    from_record,
-    to_record,
-)
+from p2pcodistill.telemetry.log import EventLog, EventTail
+from p2pcodistill.telemetry.node_events import PeerConnected
+from p2pcodistill.telemetry.records import EVENT_TYPES, from_record, to_record
+from p2pcodistill.telemetry.training_events import Evaluated, TeacherSwapped
 
 
 def test_records_round_trip():

@@ -197,24 +197,17 @@ class SignedManifest:
     body: bytes
     signature: bytes
     frame_id: str = field(init=False, repr=False, compare=False)
+    version: Version = field(init=False, repr=False, compare=False)
+    """The manifest's version."""
+    base: Version | None = field(init=False, repr=False, compare=False)
+    """The manifest's base."""
+    num_bytes: int = field(init=False, repr=False, compare=False)
+    """The frame's size."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "frame_id", hashlib.sha256(self.body).hexdigest())
-
-    @property
-    def version(self) -> Version:
-        """The manifest's version."""
-        return self.manifest.version
-
-    @property
-    def base(self) -> Version | None:
-        """The manifest's base."""
-        return self.manifest.base
-
-    @property
-    def num_bytes(self) -> int:
-        """The frame's size."""
-        return self.manifest.num_bytes
+        for name in ("version", "base", "num_bytes"):
+            object.__setattr__(self, name, getattr(self.manifest, name))
 
 
 def sign_manifest(manifest: Manifest, identity: Identity) -> SignedManifest:

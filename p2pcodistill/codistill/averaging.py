@@ -1,6 +1,6 @@
-"""An exponential moving average of the student, to be published instead of its last weights.
+"""An exponential moving average of the student, to be published, or evaluated and kept, instead of its last weights.
 
-A teacher that is an average of many steps lacks the noise of the last few.
+A model that is an average of many steps lacks the noise of the last few.
 """
 
 from __future__ import annotations
@@ -53,11 +53,19 @@ class WeightAverage:
     @torch.no_grad()
     def take_snapshot(self, step: int, *, on_device: bool = False) -> Snapshot:
         """As `checkpoint.snapshot.take_snapshot` of the model, with its average in place of its parameters."""
+        return take_snapshot(self.model(), step, on_device=on_device)
+
+    @torch.no_grad()
+    def model(self) -> nn.Module:
+        """The model with its average, as it is now, in place of its parameters: the same module at each call.
+
+        Before the first update it is the model with which the average was made.
+        """
         for published, average in zip(self._published, self._averages, strict=True):
             published.copy_(average)
         for own, source in self._exact:
             own.copy_(source)
-        return take_snapshot(self._module, step, on_device=on_device)
+        return self._module
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data and tensors: the average, and how many steps are in it."""

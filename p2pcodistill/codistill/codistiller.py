@@ -47,8 +47,8 @@ from p2pcodistill.codistill.schedule import (
 from p2pcodistill.codistill.teachers import Forward, TeacherBank, forward_stateless, unwrap
 from p2pcodistill.config import CodistillationConfig
 from p2pcodistill.errors import ConfigError, RefusedError
-from p2pcodistill.telemetry import (
-    Event,
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.training_events import (
     TeacherExpired,
     TeacherGated,
     TeacherReadmitted,

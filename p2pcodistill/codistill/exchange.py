@@ -21,7 +21,9 @@ from p2pcodistill.checkpoint.reference import Reference
 from p2pcodistill.checkpoint.snapshot import Snapshot
 from p2pcodistill.config import FramesConfig
 from p2pcodistill.errors import NonFiniteError, RefusedError
-from p2pcodistill.telemetry import Event, FramePublished, SnapshotSkipped
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.node_events import FramePublished
+from p2pcodistill.telemetry.training_events import SnapshotSkipped
 
 
 class ChainFile(NamedTuple):

@@ -116,23 +116,22 @@ class Announcements:
         for key in [key for key in self._paths if key[0] == peer]:
             del self._paths[key]
 
-    def origin_of(self, peer: str, announce: Announce) -> str:
-        """In whose name `peer` announces. Raises MalformedError, or UnknownPeerError if it is nobody to learn from."""
-        origin = claimed_origin(announce.body)
+    def _check_origin(self, peer: str, origin: str) -> None:
         if origin in self._teachers:
-            return origin
+            return
         if peer not in self._teachers:
             raise UnknownPeerError(f"{peer} announced a checkpoint, but is no teacher of this site")
         raise UnknownPeerError(f"{peer} announced a checkpoint of {origin!r}, who is no teacher of this site")
 
-    def accept(self, peer: str, announce: Announce) -> Accepted | None:
-        """Judge what `peer` announced of its own accord, and take note of it if it is new; None: it is behind.
+    def accept(self, peer: str, origin: str, announce: Announce) -> Accepted | None:
+        """Judge what `peer` announced of its own accord, in the name of `origin` as the body claims, and take note of it if
+        it is new; None: it is behind.
 
         Raises RefusedError.
         """
-        origin = self.origin_of(peer, announce)
+        self._check_origin(peer, origin)
         known = self._announced.get(origin)
-        if known is not None and (announce.body, announce.signature) == (known.body, known.signature):
+        if known is not None and announce.body == known.body and announce.signature == known.signature:
             return Accepted((known,), is_new=False, pins_schema=False)
         signed = self._verify(peer, origin, announce)
         newest = self._newest.get(origin)
@@ -150,12 +149,13 @@ class Announcements:
             )
         return self._note(origin, (signed,))
 
-    def collect(self, peer: str, announce: Announce, asked: CatchUp | None) -> Accepted | None:
-        """Judge the next part of a path from `peer`, the answer to `asked`; None as long as there is more to come.
+    def collect(self, peer: str, origin: str, announce: Announce, asked: CatchUp | None) -> Accepted | None:
+        """Judge the next part of a path from `peer`, the answer to `asked`; None as long as there is more to come. `origin`
+        is the one that the body claims.
 
         Raises RefusedError, once for a path.
         """
-        origin = self.origin_of(peer, announce)
+        self._check_origin(peer, origin)
         path = self._paths.pop((peer, origin), None)
         if path is None or announce.num_more != path.num_more - 1:
             path = _Path()

@@ -2,7 +2,8 @@
 
 Each chunk is asked of one of those who hold it. Others are asked before the origin, which would else have to send every
 frame to every student: of a frame that peers are fetching, too, the origin is asked for a share, and for what nobody else
-holds; it lends a hand where the others are busy. Who let a request stall, or is suspect, is asked for what nobody else has.
+holds; it lends a hand where the others are busy. Nobody is asked for a chunk that would take far longer than all the rest
+would from the origin. Who let a request stall, or is suspect, is asked for what nobody else has.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 
 from p2pcodistill.gossip.download import Download, Offer, Source
-from p2pcodistill.gossip.events import Action, SendPayload, send
+from p2pcodistill.gossip.events import Action, send
 from p2pcodistill.gossip.messages import MAX_WANT_INDICES, Want
 from p2pcodistill.gossip.window import Window
 
 FASTER_FACTOR = 4.0
 """An origin whose link delivers so many times as much as those of all others does not wait for what they could send."""
+OUTRUN_FACTOR = 2.0
+"""What a peer is asked for may come so many times later than all else, for the sake of the origin's line."""
 
 
 class Asking:
@@ -33,15 +36,21 @@ class Asking:
 
     def feed(self, download: Download, is_low: dict[str, bool], now_s: float) -> list[Action]:
         """Ask for what a download wants, as far as credit goes. `is_low` notes of which windows more is asked now."""
-        actions: list[Action] = []
         origin = download.origin
         sources = self._by_liveliness(download.offer)
+        if len(sources) == 1 and (download.num_chunks == 1 or sources[0][0] != origin):  # there is no choice
+            return self._ask(*sources[0], download, is_low, now_s)
+        actions: list[Action] = []
         late = [
             (peer, source)
             for peer, source in sources
             if self._windows[peer].is_slow(now_s) or peer in self._suspects
         ]
         lively = [item for item in sources if item not in late]
+        is_outrunning = False
+        if len(lively) > 1 and any(peer == origin for peer, _ in lively):
+            lively = [item for item in lively if item[0] == origin or not self._is_outrun(item[0], download)]
+            is_outrunning = len(lively) == 1
         of_lively = claimed = 0  # what they hold, and what of that others than the origin hold
         for peer, source in lively:
             held = download.all_chunks if source.held is None else source.held
@@ -57,15 +66,19 @@ class Asking:
                 actions += self._ask(peer, source, download, is_low, now_s)
         at_origin = next((source for peer, source in lively if peer == origin), None)
         if download.wanted and at_origin is not None:
-            actions += self._ask_origin(at_origin, download, claimed, is_low, now_s)
+            if is_outrunning:
+                actions += self._ask(origin, at_origin, download, is_low, now_s)
+            else:
+                actions += self._ask_origin(at_origin, download, claimed, is_low, now_s)
         for peer, source in late:
             actions += self._ask(peer, source, download, is_low, now_s, of=download.wanted & ~of_lively)
         return actions
 
     def _by_liveliness(self, offer: Offer) -> list[tuple[str, Source]]:
-        here = [(p, s) for p, s in offer.sources.items() if p in self._windows and s.is_usable]
+        windows = self._windows
+        here = [(p, s) for p, s in offer.sources.items() if p in windows and s.is_usable]
         # What one of them let stall is asked of another where there is one.
-        return here if len(here) < 2 else sorted(here, key=lambda item: self._windows[item[0]].patience_s)
+        return here if len(here) < 2 else sorted(here, key=lambda item: windows[item[0]].patience_s)
 
     def _ask_origin(
         self, source: Source, download: Download, claimed: int, is_low: dict[str, bool], now_s: float
@@ -92,6 +105,17 @@ class Asking:
             return []
         last = 1 << download.last_of(download.wanted)
         return self._ask(origin, source, download, is_low, now_s, of=last)
+
+    def _is_outrun(self, peer: str, download: Download) -> bool:
+        """Whether `peer`, as far as links are known, holds everything up: all that is wanted would have come from the origin
+        long before one more chunk from it."""
+        window = self._windows[peer]
+        of_peer, of_origin = window.link.rate_bytes_s, self._windows[download.origin].link.rate_bytes_s
+        if not of_peer or not of_origin:
+            return False
+        chunk_bytes = download.offer.signed.manifest.chunk_bytes
+        peer_s = (window.num_asked_bytes + chunk_bytes) / of_peer
+        return peer_s > OUTRUN_FACTOR * download.wanted.bit_count() * chunk_bytes / of_origin
 
     def _faster_share(self, download: Download) -> int:
         """How many of the chunks that are wanted of all the origin should send, because it is far faster than the others."""
@@ -137,15 +161,8 @@ class Asking:
             download.ask(index, peer)
             indices.append(index)
             chunks &= ~(1 << index)
-        return [*_want_actions(peer, download.frame_id, indices)]
-
-
-def _want_actions(peer: str, frame_id: str, indices: list[int]) -> list[SendPayload]:
-    if len(indices) == 1:
-        return [send(peer, Want(frame_id, (indices[0],)))]
-    indices.sort()
-    wants = [
-        Want(frame_id, tuple(indices[start : start + MAX_WANT_INDICES]))
-        for start in range(0, len(indices), MAX_WANT_INDICES)
-    ]
-    return [send(peer, want) for want in wants]
+        indices.sort()
+        return [
+            send(peer, Want(download.frame_id, tuple(indices[start : start + MAX_WANT_INDICES])))
+            for start in range(0, len(indices), MAX_WANT_INDICES)
+        ]

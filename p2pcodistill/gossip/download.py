@@ -40,21 +40,16 @@ class Offer:
     sources: dict[str, Source]
     lost: list[str] = field(default_factory=list)
     """Those who said that they do not hold it any more."""
+    frame_id: str = field(init=False)
+    """The frame's name."""
+    version: Version = field(init=False)
+    """The version that the frame leads to."""
+    base: Version | None = field(init=False)
+    """The version that it needs; None: a keyframe."""
 
-    @property
-    def frame_id(self) -> str:
-        """The frame's name."""
-        return self.signed.frame_id
-
-    @property
-    def version(self) -> Version:
-        """The version that the frame leads to."""
-        return self.signed.version
-
-    @property
-    def base(self) -> Version | None:
-        """The version that it needs; None: a keyframe."""
-        return self.signed.base
+    def __post_init__(self) -> None:
+        manifest = self.signed.manifest
+        self.frame_id, self.version, self.base = self.signed.frame_id, manifest.version, manifest.base
 
     def add(self, peer: str, *, has_all: bool = True) -> None:
         """`peer` holds the frame, or will say by and by what it holds of it."""
@@ -78,7 +73,7 @@ class Offer:
     def has_source_among(self, peers: Collection[str]) -> bool:
         """Whether one of `peers` may be asked."""
         return any(
-            source.is_usable and not source.is_stale and peer in peers
+            peer in peers and source.is_usable and not source.is_stale
             for peer, source in self.sources.items()
         )
 
@@ -105,26 +100,23 @@ class Download:
     """The chunks that are neither there nor under way."""
     asked_of: dict[int, str] = field(default_factory=dict)
     """The chunks that are under way, each from one peer."""
+    frame_id: str = field(init=False)
+    """The frame's name."""
+    origin: str = field(init=False)
+    """Whose frame it is."""
+    num_chunks: int = field(init=False)
+    """How many chunks the frame has."""
+    all_chunks: int = field(init=False)
+    """The chunks of the whole frame."""
 
-    @property
-    def frame_id(self) -> str:
-        """The frame's name."""
-        return self.offer.signed.frame_id
-
-    @property
-    def origin(self) -> str:
-        """Whose frame it is."""
-        return self.offer.signed.manifest.origin
-
-    @property
-    def num_chunks(self) -> int:
-        """How many chunks the frame has."""
-        return self.offer.signed.manifest.num_chunks
-
-    @property
-    def all_chunks(self) -> int:
-        """The chunks of the whole frame."""
-        return (1 << self.num_chunks) - 1
+    def __post_init__(self) -> None:
+        manifest = self.offer.signed.manifest
+        self.frame_id, self.origin, self.num_chunks = (
+            self.offer.frame_id,
+            manifest.origin,
+            manifest.num_chunks,
+        )
+        self.all_chunks = (1 << self.num_chunks) - 1
 
     @property
     def is_full(self) -> bool:

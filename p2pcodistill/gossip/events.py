@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from p2pcodistill import telemetry
 from p2pcodistill.checkpoint.manifest import SignedManifest, Version
 from p2pcodistill.gossip.messages import Lane, Message, Payload, encode_message, lane_of
+from p2pcodistill.telemetry.event import Event as TelemetryEvent
 
 # --- events ------------------------------------------------------------------------------------------------
 
@@ -253,7 +253,7 @@ class OfferFrame:
 class Report:
     """Tell telemetry."""
 
-    event: telemetry.Event
+    event: TelemetryEvent
 
 
 Action: TypeAlias = (

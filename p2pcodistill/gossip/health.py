@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from p2pcodistill import telemetry
 from p2pcodistill.errors import MalformedError
 from p2pcodistill.gossip.messages import Ping, Pong
+from p2pcodistill.telemetry import node_events
 
 NUM_PINGS_UNTIL_SUSPECT = 3
 MEASURE_INTERVALS = 12
@@ -51,14 +51,14 @@ class Health:
         """The session with `peer` is over."""
         self._peers.pop(peer, None)
 
-    def hear(self, peer: str, now_s: float) -> telemetry.PeerRecovered | None:
+    def hear(self, peer: str, now_s: float) -> node_events.PeerRecovered | None:
         """A ready peer has sent something; what that means for a suspect."""
         state = self._peers[peer]
         silent_s, state.heard_s = now_s - state.heard_s, now_s
         if not state.is_suspect:
             return None
         state.is_suspect = False
-        return telemetry.PeerRecovered(peer, silent_s)
+        return node_events.PeerRecovered(peer, silent_s)
 
     def answer(self, peer: str, pong: Pong, now_s: float) -> float | None:
         """`peer` answered a ping: the round trip; None if the ping was given up. Raises MalformedError if there was none."""
@@ -67,10 +67,10 @@ class Health:
             raise MalformedError(f"{peer} answered a ping that was never sent")
         return None if sent_s is None else now_s - sent_s
 
-    def tick(self, now_s: float) -> tuple[list[tuple[str, Ping]], list[telemetry.PeerSuspected]]:
+    def tick(self, now_s: float) -> tuple[list[tuple[str, Ping]], list[node_events.PeerSuspected]]:
         """Time has passed: whom to ping, and who is suspect from now on."""
         pings: list[tuple[str, Ping]] = []
-        suspected: list[telemetry.PeerSuspected] = []
+        suspected: list[node_events.PeerSuspected] = []
         if now_s < self._next_due_s:
             return pings, suspected
         self._next_due_s = float("inf")
@@ -84,7 +84,7 @@ class Health:
                     pings.append((peer, self._ping(state, now_s)))
                 if silent_s > NUM_PINGS_UNTIL_SUSPECT * self._interval_s and not state.is_suspect:
                     state.is_suspect = True
-                    suspected.append(telemetry.PeerSuspected(peer, silent_s))
+                    suspected.append(node_events.PeerSuspected(peer, silent_s))
                 state.due_s = now_s + self._interval_s / 2
             self._next_due_s = min(self._next_due_s, state.due_s)
         return pings, suspected

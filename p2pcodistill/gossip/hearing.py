@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from p2pcodistill import telemetry
 from p2pcodistill.checkpoint.manifest import claimed_origin
 from p2pcodistill.errors import OversizedError, RefusedError, ReplayedError, SchemaMismatchError
 from p2pcodistill.gossip.announce import Accepted, Announcements
@@ -16,6 +15,7 @@ from p2pcodistill.gossip.publishing import Publishing
 from p2pcodistill.gossip.sharing import Sharing
 from p2pcodistill.gossip.transfer import Transfers
 from p2pcodistill.identity import PublicIdentity
+from p2pcodistill.telemetry import node_events
 
 
 class Hearing:
@@ -47,12 +47,14 @@ class Hearing:
         """A ready peer announced a frame. Raises RefusedError."""
         origin = claimed_origin(announce.body)
         if self._passing.is_over(origin) or self._is_revoked(origin):
+            if announce.num_more == 0:
+                self._transfers.forgo(peer, origin)  # that was the answer
             return []  # others need not know that it is of no interest here
         if origin == self._site:
             return self._recall(peer, announce)
         try:
             if announce.num_more is None:
-                accepted = self._announcements.accept(peer, announce)
+                accepted = self._announcements.accept(peer, origin, announce)
                 if accepted is None:
                     # Without a session with the origin only others can tell it what it may have forgotten.
                     return [] if self._membership.is_ready(origin) else self._passing.remind(peer, origin)
@@ -63,12 +65,12 @@ class Hearing:
             if peer == origin and isinstance(error, ReplayedError):
                 return [*self._refuse(peer, error, now_s), *self._remind(peer)]
             # Not counted: it is the origin's fault and not the peer's, or a matter of this site's own caps and schema.
-            return [Report(telemetry.Refused(peer, error.reason, str(error)))]
+            return [Report(node_events.Refused(peer, error.reason, str(error)))]
 
     def _hear_path(self, peer: str, origin: str, announce: Announce) -> list[Action]:
         try:
             asked = self._transfers.asked(peer, origin)
-            accepted = self._announcements.collect(peer, announce, asked)
+            accepted = self._announcements.collect(peer, origin, announce, asked)
             if accepted is None:
                 return []
             self._transfers.follow(peer, accepted.frames, has_all=announce.has_all)
@@ -80,15 +82,14 @@ class Hearing:
 
     def _note(self, peer: str, accepted: Accepted, *, has_all: bool) -> list[Action]:
         passed = self._passing.announce(peer, accepted.frames, has_all=has_all, is_new=accepted.is_new)
-        if not accepted.is_new:
-            return passed
         manifest = accepted.frames[-1].manifest
+        if not accepted.is_new or self._passing.is_relayed(manifest.origin):
+            return passed
         version = manifest.version
-        announced = telemetry.VersionAnnounced(
+        announced = node_events.VersionAnnounced(
             manifest.origin, version.incarnation, version.step, manifest.num_bytes
         )
-        is_pinned = accepted.pins_schema and not self._passing.is_relayed(manifest.origin)
-        pin = [PinSchema(manifest.origin, manifest.schema_hash)] if is_pinned else []
+        pin = [PinSchema(manifest.origin, manifest.schema_hash)] if accepted.pins_schema else []
         return [*pin, Report(announced), *passed]
 
     # --- who has lost its memory -------------------------------------------------------------------------------------
@@ -119,6 +120,6 @@ class Hearing:
         )
         self._membership.raise_incarnation(version.incarnation + 1)
         return [
-            Report(telemetry.Refused(None, ReplayedError.reason, why)),
+            Report(node_events.Refused(None, ReplayedError.reason, why)),
             RaiseIncarnation(self._membership.incarnation),
         ]

@@ -11,7 +11,7 @@ hexadecimal digits everywhere else.
     3     Want      frame id, ascending chunk indices
     4     Chunk     frame id, chunk index                                                   the chunk
     5     Gone      frame id
-    6     Finished
+    6     Finished  member (nil: the sender)
     7     Refusal   reason, why
     8     CatchUp   incarnation and step held (both nil: nothing), afresh, origin (nil: you)
     9     NoPath    origin
@@ -47,13 +47,14 @@ from p2pcodistill.errors import MalformedError, OversizedError
 from p2pcodistill.gossip import fields
 from p2pcodistill.identity import SIGNATURE_BYTES
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_HEADER_BYTES = 16 << 10
 MAX_WANT_INDICES = 1024
 MAX_HAVE_BYTES = MAX_MANIFEST_BYTES // DIGEST_BYTES // 8 + 1
 """A bit for every chunk that a manifest can name."""
 MAX_REASON_CHARS = 32
 MAX_WHY_CHARS = 1000
+_PACKER = msgpack.Packer()
 _REASON = re.compile(rf"[a-z-]{{1,{MAX_REASON_CHARS}}}")
 
 
@@ -124,7 +125,12 @@ class Gone:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The sender's training is over: it learns from nobody any more."""
+    """The training of `member`, or (None) of the sender, is over: it learns from nobody any more.
+
+    A relay says so of two members that it stands between.
+    """
+
+    member: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,8 +262,8 @@ def encode_message(message: Message) -> Payload:
             return _pack(_Code.HELLO, version, run, members, topology, incarnation, yours)
         case Gone(frame_id):
             return _pack(_Code.GONE, bytes.fromhex(frame_id))
-        case Finished():
-            return _pack(_Code.FINISHED)
+        case Finished(member):
+            return _pack(_Code.FINISHED, member)
         case Refusal(reason, why):
             return _pack(_Code.REFUSAL, reason, why)
         case CatchUp(held, afresh, origin):
@@ -280,7 +286,8 @@ def decode_message(payload: Sequence[bytes]) -> Message:
     """
     if not payload:
         raise MalformedError("a message has at least one part")
-    code, *values = _unpack(payload[0])
+    values = _unpack(payload[0])
+    code = values.pop(0)
     form = _FORMS.get(code)
     if form is None:
         raise MalformedError(f"no message has the type code {code}")
@@ -305,7 +312,8 @@ def _split(held: Version | None) -> tuple[int | None, int | None]:
 
 
 def _pack(code: _Code, *values: object) -> tuple[bytes]:
-    return (msgpack.packb([int(code), *values]),)
+    packed: bytes = _PACKER.pack((int(code), *values))
+    return (packed,)
 
 
 def _unpack(header: bytes) -> list[Any]:
@@ -385,7 +393,12 @@ _FORMS = {
             ),
         ),
         (_Code.GONE, 1, None, lambda frame: Gone(fields.frame_id(frame))),
-        (_Code.FINISHED, 0, None, Finished),
+        (
+            _Code.FINISHED,
+            1,
+            None,
+            lambda member: Finished(None if member is None else fields.origin(member)),
+        ),
         (
             _Code.REFUSAL,
             2,

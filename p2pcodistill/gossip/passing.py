@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 
-from p2pcodistill import telemetry
 from p2pcodistill.checkpoint.manifest import SignedManifest
 from p2pcodistill.errors import UnknownPeerError
 from p2pcodistill.gossip.announce import Announcements
 from p2pcodistill.gossip.download import Download
 from p2pcodistill.gossip.events import Action, DropChain, Report, send
-from p2pcodistill.gossip.messages import CatchUp, Follow, Have, NoPath, Unfollow
+from p2pcodistill.gossip.messages import CatchUp, Finished, Follow, Have, NoPath, Unfollow
 from p2pcodistill.gossip.relay import MAX_FOLLOWERS, Orphans, Relay
 from p2pcodistill.gossip.sharing import Sharing
 from p2pcodistill.gossip.transfer import Transfers
 from p2pcodistill.identity import PublicIdentity
+from p2pcodistill.telemetry import node_events
 
 KEYFRAME_REST_VERSIONS = 8
 """A teacher is asked for a keyframe for those who follow it here no more than once in so many new versions."""
@@ -35,6 +35,7 @@ class Passing:
         transfers: Transfers,
         announcements: Announcements,
         is_ready: Callable[[str], bool],
+        is_finished: Callable[[str], bool],
         relays: bool,
         relay_after_s: float,
     ) -> None:
@@ -43,7 +44,7 @@ class Passing:
         self._sharing = sharing
         self._transfers = transfers
         self._announcements = announcements
-        self._is_ready = is_ready
+        self._is_ready, self._is_finished = is_ready, is_finished
         self._relays = relays
         self._relay = Relay()
         self._once_relayed: dict[str, None] = {}
@@ -86,7 +87,7 @@ class Passing:
 
     def tick(self, ready: Collection[str], now_s: float) -> list[Action]:
         """Time has passed."""
-        actions = self._sharing.tick(self._transfers.downloads, now_s)
+        actions = self._sharing.tick(self._transfers.downloads)
         actions += [
             send(relay, Unfollow(teacher)) for relay, teacher in self._orphans.take_silent(ready, now_s)
         ]
@@ -96,6 +97,10 @@ class Passing:
             actions.append(send(peer, Follow(teacher, held, known)))
         for origin in self._relay.take_idle(now_s):
             actions += self._stop(origin)
+        for origin, overdue in self._relay.take_overdue(now_s):
+            actions += [send(peer, NoPath(origin)) for peer in overdue]
+            if self._relay.relays(origin):
+                self._transfers.stop_waiting(origin)
         return actions
 
     # --- following ---------------------------------------------------------------------------------------------------
@@ -106,7 +111,7 @@ class Passing:
         if origin not in self._members or not self._sharing.is_student(peer, origin):
             raise UnknownPeerError(f"{peer} asked to follow {origin!r}, who does not teach it")
         is_taught = origin in self._teachers
-        is_possible = self._relays and self._is_ready(origin)
+        is_possible = (is_taught or self._relays) and self._is_ready(origin)
         has_room = is_taught or self._relay.relays(origin) or self._relay.has_room
         if not (is_possible and has_room) or len(self._sharing.followers(origin)) >= MAX_FOLLOWERS:
             return [send(peer, Unfollow(origin))]
@@ -116,11 +121,25 @@ class Passing:
                 self._once_relayed[origin] = None
                 self._announcements.add(origin, self._members[origin])
                 self._transfers.relay(origin, request.held)
-                actions.append(Report(telemetry.RelayStarted(origin, peer)))
+                actions.append(Report(node_events.RelayStarted(origin, peer)))
             if self._relay.follow(origin, request.known_incarnation):
                 known = self._relay.known_incarnation(origin)
                 actions.append(send(origin, Follow(origin, request.held, known)))
-        return actions + self._sharing.follow(peer, origin, self._announcements.newest(origin))
+        actions += self._sharing.follow(peer, origin, self._announcements.newest(origin))
+        if self._is_finished(peer):
+            actions.append(send(origin, Finished(peer)))
+        if self._is_finished(origin):
+            actions.append(send(peer, Finished(origin)))
+        return actions
+
+    def finish(self, peer: str) -> list[Action]:
+        """`peer` said that its training is over: so it is told where it cannot say so itself."""
+        followed = [origin for origin in self._sharing.followed_by(peer) if self._is_ready(origin)]
+        return [send(other, Finished(peer)) for other in (*followed, *self._sharing.followers(peer))]
+
+    def relay_of(self, teacher: str) -> str | None:
+        """Who was asked to relay `teacher`, which cannot be reached, and has not declined."""
+        return self._orphans.relay_of(teacher)
 
     def unfollow(self, peer: str, origin: str, now_s: float) -> None:
         """`peer` need not be told of `origin` any more, or does not relay it, or not any more."""
@@ -176,8 +195,8 @@ class Passing:
         actions: list[Action] = []
         for peer in self._relay.take_waiting(origin, frames[0].base):
             actions += self._sharing.answer(peer, frames, has_all=False)
-        if self._relay.relays(origin) and (request := self._relay.next_waiting(origin)) is not None:
-            self._transfers.relay_path(origin, request)
+        if self._relay.relays(origin):
+            self._ask_for_next(origin)
         return actions
 
     def have(self, peer: str, have: Have) -> None:
@@ -192,7 +211,7 @@ class Passing:
 
     # --- catching up -------------------------------------------------------------------------------------------------
 
-    def answer(self, peer: str, request: CatchUp) -> list[Action]:
+    def answer(self, peer: str, request: CatchUp, now_s: float) -> list[Action]:
         """`peer` asks for a path of another origin. Raises UnknownPeerError if that one does not teach it."""
         origin = request.origin or ""
         if not self._sharing.is_student(peer, origin):
@@ -203,14 +222,14 @@ class Passing:
         if peer not in self._sharing.followers(origin):
             return [send(peer, NoPath(origin))]
         if origin in self._teachers:
-            return self._ask_for_keyframe(peer, request, origin)
+            return self._ask_for_keyframe(peer, request, origin, now_s)
         if not self._relay.relays(origin):
             return [send(peer, NoPath(origin))]
         newest = self._announcements.newest_version(origin)
         if newest is not None and request.held is not None and request.held >= newest:
             return [send(peer, NoPath(origin))]  # nothing newer is known
         is_first = self._relay.next_waiting(origin) is None
-        self._relay.wait(peer, origin, request)
+        self._relay.wait(peer, origin, request, now_s)
         if is_first:
             self._transfers.relay_path(origin, request)
         return []
@@ -226,7 +245,7 @@ class Passing:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _ask_for_keyframe(self, peer: str, request: CatchUp, origin: str) -> list[Action]:
+    def _ask_for_keyframe(self, peer: str, request: CatchUp, origin: str, now_s: float) -> list[Action]:
         """`peer` follows a teacher of this site, whose chain here does not help it: perhaps a local keyframe shortened it.
 
         A keyframe helps everyone. It is fetched before what this site needs itself, and so only now and then.
@@ -236,7 +255,7 @@ class Passing:
                 return [send(peer, NoPath(origin))]
             self._num_versions_to_rest[origin] = KEYFRAME_REST_VERSIONS
             self._transfers.relay_path(origin, CatchUp(None, afresh=True))
-        self._relay.wait(peer, origin, request)
+        self._relay.wait(peer, origin, request, now_s)
         return []
 
     def _answer_no_path(self, origin: str, asked: CatchUp) -> list[Action]:
@@ -244,9 +263,13 @@ class Passing:
         actions: list[Action] = [
             send(peer, NoPath(origin)) for peer in self._relay.take_asking(origin, asked)
         ]
+        self._ask_for_next(origin)
+        return actions
+
+    def _ask_for_next(self, origin: str) -> None:
+        """`origin`, which is relayed, is asked for what the next one waits for."""
         if (request := self._relay.next_waiting(origin)) is not None:
             self._transfers.relay_path(origin, request)
-        return actions
 
     def _turn_away(self, origin: str) -> list[Action]:
         actions: list[Action] = []
@@ -266,4 +289,4 @@ class Passing:
         self._sharing.drop(origin)
         if self._is_ready(origin):
             actions.append(send(origin, Unfollow(origin)))
-        return [*actions, DropChain(origin), Report(telemetry.RelayStopped(origin))]
+        return [*actions, DropChain(origin), Report(node_events.RelayStopped(origin))]

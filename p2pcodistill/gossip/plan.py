@@ -45,6 +45,7 @@ class Plan:
         self.late: dict[str, CatchUp] = {}
         """Requests to peers that have not answered for long, so that another was asked. An answer is welcome still."""
         self._reached = held  # the highest version that the store's chain has led to
+        self._announced = held  # the highest version that was
         self._needs_path = False
         self._num_requests = 0  # without news
         self._unavailable: dict[str, tuple[str, ...]] = {}  # frames that these peers could not send
@@ -63,7 +64,7 @@ class Plan:
 
     def find(self, frame_id: str) -> Offer | None:
         """What is planned under this name."""
-        return next((offer for offer in self.offers if offer.signed.frame_id == frame_id), None)
+        return next((offer for offer in self.offers if offer.frame_id == frame_id), None)
 
     # --- what peers say ----------------------------------------------------------------------------------------------
 
@@ -84,6 +85,7 @@ class Plan:
         if peer in self._unavailable.get(frame_id, ()) or (last is not None and signed.version <= last):
             return bool(self.offers)
         self._unavailable.pop(frame_id, None)
+        self._announced = max(self._announced or signed.version, signed.version)
         self._is_mending = False
         self._num_requests = 0
         offer = Offer(signed, {})
@@ -119,8 +121,9 @@ class Plan:
             start = fetched[0].version if fetched else self.held
             onward = [offer for offer in offers if start is None or offer.version > start]
             if not onward or onward[0].base in (None, start):
-                self._needs_path = False
                 self.offers = [*fetched, *onward]
+                # Who answered may be behind. What it does not know of is asked for when its path is at its end.
+                self._needs_path = not self.offers and self._is_behind
                 return
         self._needs_path = True  # it leads on from what has been lost since
 
@@ -188,7 +191,7 @@ class Plan:
         ]
         num_left = len(self.offers)
         self._drop_dangling()
-        if not self.offers and (self.held is None or num_left):
+        if not self.offers and (self.held is None or num_left or self._is_behind):
             self._needs_path = True
         if held is None or (self._reached is not None and held <= self._reached):
             return False
@@ -227,6 +230,8 @@ class Plan:
     def _shorten(self, *, max_bytes: int) -> None:
         """Leave the delta frames that wait to a later path if they are more than `max_bytes`, or too many: the origin will
         not have kept them all, and a keyframe costs less. The same where their manifests would take too much memory."""
+        if len(self.offers) == 1:
+            return
         num_kept = 1 + max(
             (index for index, offer in enumerate(self.offers) if offer.base is None), default=0
         )
@@ -236,6 +241,11 @@ class Plan:
         if len(waiting) >= MAX_CHAIN_FRAMES or is_dear or is_large:
             self.offers = self.offers[:num_kept]
             self._needs_path = True
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether what is held is not all that was announced."""
+        return self._announced is not None and (self.held is None or self.held < self._announced)
 
     def _fetched_head(self) -> list[Offer]:
         """The head, if it is being fetched; else nothing."""

@@ -4,16 +4,16 @@ No I/O, no clock, no randomness: the same events at the same times give the same
 from links in memory or from a simulation in virtual time. Nothing that a peer sends raises: what is not acceptable is
 refused, reported and forgotten.
 
-`sessions` says who may speak, and who may not any more, `health` who is alive; `hearing` what follows from announcements,
-`transfer` and `plan` what to fetch, `teaching` what students are told, `serving` what they are given, `passing` what is done
-with the frames of others. This module joins them and is what the rest of the package imports (events and actions included).
+`sessions` says who may speak, and who may not any more, `health` who is alive; `obeying` what follows from messages,
+`hearing` from announcements, `storing` from what happens in the store; `transfer` and `plan` what to fetch, `teaching` what
+students are told, `serving` what they are given, `passing` what is done with the frames of others. This module joins them,
+and is what the rest of the package imports (events and actions included).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from p2pcodistill import telemetry
 from p2pcodistill.checkpoint.manifest import (
     MAX_CHUNK_BYTES,
     SignedManifest,
@@ -21,7 +21,6 @@ from p2pcodistill.checkpoint.manifest import (
     verify_manifest,
 )
 from p2pcodistill.errors import (
-    ChecksumError,
     FloodedError,
     MalformedError,
     RefusedError,
@@ -62,40 +61,29 @@ from p2pcodistill.gossip.events import (
 from p2pcodistill.gossip.health import Health
 from p2pcodistill.gossip.hearing import Hearing
 from p2pcodistill.gossip.membership import (
-    MAX_CREDIBLE_INCARNATION,
     Membership,
     SessionState,
     members_digest,
 )
 from p2pcodistill.gossip.messages import (
-    Announce,
-    CatchUp,
-    Chunk,
     Finished,
-    Follow,
-    Gone,
-    Have,
     Hello,
-    Message,
-    NoPath,
     Payload,
-    Ping,
-    Pong,
-    Refusal,
-    Unfollow,
-    Want,
     decode_message,
 )
+from p2pcodistill.gossip.obeying import Obeying
 from p2pcodistill.gossip.passing import Passing
 from p2pcodistill.gossip.publishing import Publishing
 from p2pcodistill.gossip.serving import Serving
 from p2pcodistill.gossip.sessions import Sessions
 from p2pcodistill.gossip.sharing import Sharing
+from p2pcodistill.gossip.storing import Storing
 from p2pcodistill.gossip.teaching import Teaching
 from p2pcodistill.gossip.transfer import Transfers
-from p2pcodistill.gossip.trust import FOLLOW_COST, Trust
+from p2pcodistill.gossip.trust import Trust
 from p2pcodistill.gossip.window import LinkEstimate
 from p2pcodistill.identity import PublicIdentity
+from p2pcodistill.telemetry import node_events
 
 __all__ = [
     "AbandonFrame",
@@ -213,6 +201,7 @@ class Gossip:
             transfers=self._transfers,
             announcements=self._announcements,
             is_ready=self._membership.is_ready,
+            is_finished=self._membership.is_finished,
             relays=relay,
             relay_after_s=relay_after_s,
         )
@@ -234,7 +223,7 @@ class Gossip:
             begin=self._begin,
             end=self._end,
         )
-        self._hearing = Hearing(
+        hearing = Hearing(
             site,
             members[site],
             membership=self._membership,
@@ -250,6 +239,28 @@ class Gossip:
         self._serving.hold(site, self._publishing.kept, now_s=0.0)
         for origin, frames in (chains or {}).items():
             self._serving.hold(origin, frames, now_s=0.0)
+        self._storing = Storing(
+            site,
+            publishing=self._publishing,
+            teaching=self._teaching,
+            transfers=self._transfers,
+            sharing=sharing,
+            passing=self._passing,
+            serving=self._serving,
+        )
+        self._obeying = Obeying(
+            site,
+            membership=self._membership,
+            sessions=self._sessions,
+            trust=self._trust,
+            health=self._health,
+            announcements=self._announcements,
+            hearing=hearing,
+            transfers=self._transfers,
+            teaching=self._teaching,
+            passing=self._passing,
+            serving=self._serving,
+        )
 
     @property
     def incarnation(self) -> int:
@@ -271,9 +282,11 @@ class Gossip:
 
     @property
     def teachers_told(self) -> bool:
-        """Whether every trusted teacher has finished itself, or is ready: if this site has finished, it was told."""
+        """Whether every trusted teacher has finished itself, or is ready, or its relay is: if this site has finished, it was
+        told."""
         return all(
             self._membership.is_ready(teacher)
+            or self._membership.is_ready(self._passing.relay_of(teacher) or "")
             or self._membership.is_finished(teacher)
             or self._trust.is_revoked(teacher)
             for teacher in self._teachers
@@ -297,40 +310,39 @@ class Gossip:
     def frames_in_use(self, now_s: float) -> frozenset[str]:
         """The frames that the store must not prune: this site's own chain, what it relays, and what is being fetched, here
         or by a peer."""
-        own = (signed.frame_id for signed in self._publishing.kept)
-        relayed = (s.frame_id for origin in self.relayed_origins for s in self._sharing.frames_of(origin))
-        return frozenset((*own, *relayed, *self._transfers.fetching, *self._serving.in_use(now_s)))
+        return self._storing.in_use(now_s)
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """What follows from `event`, in order. `now_s` is monotonic; only differences matter."""
-        actions = self._handle(event, now_s)
+        if type(event) is PayloadReceived:  # by far the most
+            try:
+                actions = self._receive(event.peer, event.payload, now_s)
+            except RefusedError as error:
+                actions = self._sessions.refuse(event.peer, error, now_s)
+        else:
+            actions = self._handle(event, now_s)
         for action in self._transfers.next_actions(now_s):
             actions.append(action)
-            if isinstance(action, AbandonFrame):
+            if type(action) is AbandonFrame:
                 actions += self._sharing.abandon(action.frame_id)
         return actions
 
     def _handle(self, event: Event, now_s: float) -> list[Action]:
         match event:
-            case PayloadReceived(peer, payload):  # by far the most
-                try:
-                    return self._receive(peer, payload, now_s)
-                except RefusedError as error:
-                    return self._sessions.refuse(peer, error, now_s)
             case FetchBegun(frame_id, present):
                 self._transfers.begin(frame_id, present)
             case FrameStored(frame_id, held):
-                return self._offer_stored(frame_id, held, now_s)
+                return self._storing.store(frame_id, held, now_s)
             case PeerOpened(peer):
                 return self._sessions.open(peer, now_s)
             case PeerClosed(peer, why):
                 return self._sessions.close(peer, why, now_s)
             case FrameLost(frame_id):
-                self._lose(frame_id, now_s)
+                self._storing.lose(frame_id, now_s)
             case FramePublished(signed):
-                return self._publish(signed, now_s)
+                return self._storing.publish(signed, now_s)
             case FetchRefused(frame_id, reason, why):
-                return self._give_up(frame_id, reason, why)
+                return self._storing.give_up(frame_id, reason, why)
             case ChainBroken(origin):
                 self._transfers.break_chain(origin)
                 return [DropChain(origin)]
@@ -346,7 +358,7 @@ class Gossip:
                 return [*self._sessions.revoke(member, why, now_s), *self._passing.revoke(member)]
             case MemberRestored(member):
                 self._trust.restore(member)
-                report = Report(telemetry.MemberTrustChanged(member, True, "restored"))
+                report = Report(node_events.MemberTrustChanged(member, True, "restored"))
                 restored = self._passing.restore(member, self.peers_ready, now_s)
                 return [report, *restored, *self._sessions.greet_again(member)]
             case Ticked():
@@ -368,19 +380,19 @@ class Gossip:
     # --- sessions --------------------------------------------------------------------------------------------
 
     def _receive(self, peer: str, payload: Payload, now_s: float) -> list[Action]:
+        if self._membership.is_ready(peer):
+            message = decode_message(payload)
+            recovered = self._health.hear(peer, now_s)
+            if recovered is not None:
+                self._transfers.suspect(peer, is_suspect=False)
+                return [Report(recovered), *self._obeying.obey(peer, message, now_s)]
+            return self._obeying.obey(peer, message, now_s)
         match self._membership.state_of(peer):
             case SessionState.AWAITING_HELLO:
                 message = decode_message(payload)
                 if not isinstance(message, Hello):
                     raise MalformedError(f"{peer} sent {type(message).__name__} before its hello")
                 return self._sessions.greet(peer, message, now_s)
-            case SessionState.READY:
-                message = decode_message(payload)
-                recovered = self._health.hear(peer, now_s)
-                if recovered is not None:
-                    self._transfers.suspect(peer, is_suspect=False)
-                    return [Report(recovered), *self._obey(peer, message, now_s)]
-                return self._obey(peer, message, now_s)
             case SessionState.REFUSED_BY_PEER:
                 message = decode_message(payload)
                 if isinstance(message, Hello):  # it has changed its mind
@@ -405,109 +417,3 @@ class Gossip:
         self._teaching.close(peer)
         self._serving.close(peer, now_s)
         return self._passing.close(peer, now_s)
-
-    # --- messages of ready peers -------------------------------------------------------------------------------
-
-    def _obey(self, peer: str, message: Message, now_s: float) -> list[Action]:
-        if type(message) is not Chunk:
-            self._trust.count_message(peer, now_s, cost=FOLLOW_COST if type(message) is Follow else 1.0)
-        match message:
-            case Chunk():
-                return self._take(peer, message, now_s)
-            case Want(frame_id, indices):
-                if not self._serving.want(peer, message, now_s):
-                    return [send(peer, Gone(frame_id))]
-                return [ServeChunk(peer, frame_id, index) for index in indices]
-            case Announce():
-                return self._hearing.hear(peer, message, now_s)
-            case CatchUp(origin=None):
-                return self._teaching.answer(peer, message)
-            case CatchUp():
-                return self._passing.answer(peer, message)
-            case NoPath(origin):
-                return self._passing.find_no_path(peer, origin)
-            case Have():
-                self._passing.have(peer, message)
-            case Follow(origin, _, incarnation):
-                is_own = origin == self._site
-                known = self.incarnation if is_own else self._announcements.known_incarnation(origin)
-                if incarnation > max(MAX_CREDIBLE_INCARNATION, known):
-                    raise MalformedError(
-                        f"{peer} claims to know incarnation {incarnation} of {origin!r}, which cannot be"
-                    )
-                return self._teaching.follow(peer, message) if is_own else self._passing.follow(peer, message)
-            case Unfollow(origin):
-                if origin == self._site:
-                    self._teaching.unfollow(peer)
-                else:
-                    self._passing.unfollow(peer, origin, now_s)
-            case Ping(nonce):
-                return [send(peer, Pong(nonce))]
-            case Pong():
-                rtt_s = self._health.answer(peer, message, now_s)
-                if rtt_s is not None:
-                    self._transfers.observe_rtt(peer, rtt_s)
-            case Gone(frame_id):
-                self._transfers.lose_source(peer, frame_id)
-            case Finished():
-                self._membership.finish(peer)
-            case Refusal(reason, why):
-                return self._sessions.be_refused(peer, reason, why, now_s)
-            case Hello():
-                raise MalformedError(f"{peer} sent a second hello in one session")
-        return []
-
-    def _take(self, peer: str, chunk: Chunk, now_s: float) -> list[Action]:
-        actions = self._transfers.receive(peer, chunk, now_s)
-        if not actions:
-            return []
-        if isinstance(actions[0], StoreChunk):
-            return actions + self._passing.receive(self._transfers.download_of(chunk.frame_id))
-        return actions + self._sessions.count_refusal(peer, ChecksumError.reason, now_s)
-
-    def _lose(self, frame_id: str, now_s: float) -> None:
-        origin = self._serving.origin_of(frame_id)
-        if origin == self._site:
-            self._publishing.lose(frame_id)
-        elif origin is not None:
-            self._sharing.lose(frame_id, origin)
-        if origin is not None:
-            self._serving.lose(frame_id, origin, now_s)
-
-    # --- frames: this site's own, and those that have arrived ------------------------------------------------------
-
-    def _publish(self, signed: SignedManifest, now_s: float) -> list[Action]:
-        actions = self._teaching.publish(signed)
-        self._serving.hold(self._site, self._publishing.kept, now_s)
-        return actions
-
-    def _offer_stored(self, frame_id: str, held: Version | None, now_s: float) -> list[Action]:
-        download = self._transfers.download_of(frame_id)
-        if download is None or not download.is_completing:
-            return []
-        signed = download.offer.signed
-        manifest = signed.manifest
-        is_relayed = self._passing.is_relayed(manifest.origin)
-        # What is relayed need be no chain here: what comes next builds on what came before.
-        self._transfers.store(frame_id, signed.version if is_relayed else held)
-        passed = self._sharing.store(signed, now_s)
-        self._serving.hold(manifest.origin, self._sharing.frames_of(manifest.origin), now_s)
-        fetched = telemetry.FrameFetched(
-            origin=manifest.origin,
-            incarnation=manifest.version.incarnation,
-            step=manifest.version.step,
-            kind=manifest.kind,
-            num_bytes=manifest.num_bytes,
-            num_resent_bytes=download.num_resent_bytes,
-            duration_s=now_s - download.started_s,
-        )
-        is_offered = download.leads_further and not is_relayed
-        return [Report(fetched), *([OfferFrame(signed)] if is_offered else []), *passed]
-
-    def _give_up(self, frame_id: str, reason: str, why: str) -> list[Action]:
-        download = self._transfers.give_up(frame_id)
-        if download is None:
-            return []
-        origin = download.offer.signed.manifest.origin
-        abandoned = self._sharing.abandon(frame_id)
-        return [AbandonFrame(frame_id), *abandoned, Report(telemetry.Refused(origin, reason, why))]

@@ -31,6 +31,9 @@ class Publishing:
     def __init__(self, frames: Sequence[SignedManifest]) -> None:
         """`frames` are all of this site's that its store holds."""
         self._kept: list[SignedManifest] = []
+        self._newest: SignedManifest | None = (
+            None  # of two of one version the delta frame: always the same is announced
+        )
         self._keyframe_bytes: int | None = None
         self._keep(frames)
         self._remembered_incarnation = self._newest.version.incarnation if self._newest else 0
@@ -73,7 +76,7 @@ class Publishing:
 
     def lose(self, frame_id: str) -> None:
         """A frame is no longer in the store, or is damaged: no path leads over it any more."""
-        self._kept = [signed for signed in self._kept if signed.frame_id != frame_id]
+        self._set_kept([signed for signed in self._kept if signed.frame_id != frame_id])
 
     def announce_to(self, student: str, *, known_incarnation: int) -> Announce | None:
         """What to tell a student of the newest version, if there is one that it would accept; it counts as told."""
@@ -138,19 +141,16 @@ class Publishing:
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
-    @property
-    def _newest(self) -> SignedManifest | None:
-        """The newest frame; of two of one version the delta frame, so that the one announced is always the same."""
-        if not self._kept:
-            return None
-        version = self._kept[-1].version
-        return next(signed for signed in self._kept if signed.version == version)
-
     def _keep(self, frames: Sequence[SignedManifest]) -> None:
         keyframe = max((s for s in frames if s.base is None), key=lambda s: s.version, default=None)
         if keyframe is not None:
             self._keyframe_bytes = keyframe.num_bytes
-        self._kept = worth_keeping(frames, keyframe_bytes=self._keyframe_bytes)
+        self._set_kept(worth_keeping(frames, keyframe_bytes=self._keyframe_bytes))
+
+    def _set_kept(self, frames: list[SignedManifest]) -> None:
+        self._kept = frames
+        of_newest = [signed for signed in frames[-2:] if signed.version == frames[-1].version]
+        self._newest = of_newest[0] if of_newest else None
 
     def _find_path(
         self, request: CatchUp, known_incarnation: int, at_any_price: bool

@@ -11,7 +11,7 @@ nobody else, and only while it has a session with it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from p2pcodistill.checkpoint.manifest import Version
@@ -19,6 +19,8 @@ from p2pcodistill.gossip.messages import CatchUp
 
 RELAY_GRACE_S = 60.0
 """How long a relay that nobody follows keeps what it has: a follower may only have lost its session."""
+PATH_PATIENCE_S = 120.0
+"""How long a follower waits for a path that the relay has asked of the origin: a keyframe may have to be made for it."""
 MAX_RELAYED_ORIGINS = 16
 MAX_FOLLOWERS = 256
 """Of one origin, at the origin itself or at a relay."""
@@ -124,12 +126,18 @@ class _Relayed:
     known_incarnation: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    request: CatchUp
+    since_s: float
+
+
 class Relay:
     """The origins whose frames this site fetches for others alone, and what those wait for."""
 
     def __init__(self) -> None:
         self._relayed: dict[str, _Relayed] = {}
-        self._waiting: dict[str, dict[str, CatchUp]] = {}  # by origin and peer
+        self._waiting: dict[str, dict[str, _Waiting]] = {}  # by origin and peer
 
     @property
     def origins(self) -> tuple[str, ...]:
@@ -189,9 +197,9 @@ class Relay:
 
     # --- paths -------------------------------------------------------------------------------------------------------
 
-    def wait(self, peer: str, origin: str, request: CatchUp) -> None:
+    def wait(self, peer: str, origin: str, request: CatchUp, now_s: float) -> None:
         """`peer` waits for a path that only the origin can tell."""
-        self._waiting.setdefault(origin, {})[peer] = request
+        self._waiting.setdefault(origin, {})[peer] = _Waiting(request, now_s)
 
     def leave(self, peer: str, origin: str | None = None) -> None:
         """`peer` waits no more, for `origin` or at all."""
@@ -201,20 +209,29 @@ class Relay:
 
     def next_waiting(self, origin: str) -> CatchUp | None:
         """What to ask of the origin for one of those who wait."""
-        return next(iter(self._waiting.get(origin, {}).values()), None)
+        first = next(iter(self._waiting.get(origin, {}).values()), None)
+        return None if first is None else first.request
 
     def take_asking(self, origin: str, asked: CatchUp) -> list[str]:
         """Those who wait for what was `asked` of the origin, and do so no more."""
-        waiting = self._waiting.get(origin, {})
-        asking = [peer for peer, request in waiting.items() if request.held == asked.held]
-        for peer in asking:
-            del waiting[peer]
-        return asking
+        return self._take(origin, lambda waiting: waiting.request.held == asked.held)
 
     def take_waiting(self, origin: str, start: Version | None) -> list[str]:
         """Those whom a path helps that begins at `start` (None: at nothing), and who wait no more."""
+        return self._take(origin, lambda waiting: start is None or waiting.request.held == start)
+
+    def take_overdue(self, now_s: float) -> list[tuple[str, list[str]]]:
+        """The origins that have not answered for too long, and those who have waited for it."""
+        overdue = [
+            (origin, self._take(origin, lambda waiting: now_s - waiting.since_s >= PATH_PATIENCE_S))
+            for origin, waiting in self._waiting.items()
+            if waiting
+        ]
+        return [(origin, peers) for origin, peers in overdue if peers]
+
+    def _take(self, origin: str, is_meant: Callable[[_Waiting], bool]) -> list[str]:
         waiting = self._waiting.get(origin, {})
-        helped = [peer for peer, request in waiting.items() if start is None or request.held == start]
-        for peer in helped:
+        taken = [peer for peer, one in waiting.items() if is_meant(one)]
+        for peer in taken:
             del waiting[peer]
-        return helped
+        return taken

@@ -76,6 +76,11 @@ class Serving:
         # What is read, though no longer offered, is looked at again the next time.
         offered.update((frame_id, None) for frame_id in read if frame_id in self._held)
 
+    def add(self, signed: SignedManifest) -> None:
+        """This complete frame can be wanted, too."""
+        self._held[signed.frame_id] = signed.manifest
+        self._offered.setdefault(signed.manifest.origin, {})[signed.frame_id] = None
+
     def lose(self, frame_id: str, origin: str, now_s: float) -> None:
         """A frame of `origin` is no longer in the store. While it is read it can be wanted all the same."""
         readers = self._readers.get(origin, {}).values()

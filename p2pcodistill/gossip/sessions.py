@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from p2pcodistill import telemetry
 from p2pcodistill.errors import HelloMismatchError, QuarantinedError, RefusedError, RevokedError
 from p2pcodistill.gossip.events import Action, Report, send
 from p2pcodistill.gossip.health import Health
 from p2pcodistill.gossip.membership import Membership, SessionState
 from p2pcodistill.gossip.messages import MAX_WHY_CHARS, Hello, Refusal
 from p2pcodistill.gossip.trust import MAX_REFUSALS, Trust
+from p2pcodistill.telemetry import node_events
 
 
 class Sessions:
@@ -51,7 +51,7 @@ class Sessions:
             self._membership.accept(peer, hello)
         except (HelloMismatchError, QuarantinedError, RevokedError) as error:
             return self._shut_out(peer, error, now_s)
-        actions: list[Action] = [Report(telemetry.PeerConnected(peer))]
+        actions: list[Action] = [Report(node_events.PeerConnected(peer))]
         ping = self._health.open(peer, now_s)
         if ping is not None:
             actions.append(send(peer, ping))
@@ -69,7 +69,7 @@ class Sessions:
 
     def refuse(self, peer: str, error: RefusedError, now_s: float) -> list[Action]:
         """Something that `peer` sent is refused. If that happens all the time, it is not listened to for a while."""
-        refused = Report(telemetry.Refused(peer, error.reason, str(error)))
+        refused = Report(node_events.Refused(peer, error.reason, str(error)))
         return [refused, *self.count_refusal(peer, error.reason, now_s)]
 
     def count_refusal(self, peer: str, reason: str, now_s: float) -> list[Action]:
@@ -77,7 +77,7 @@ class Sessions:
         duration_s = self._trust.count_refusal(peer, reason, now_s)
         if duration_s is None:
             return []
-        actions: list[Action] = [Report(telemetry.PeerQuarantined(peer, reason, MAX_REFUSALS, duration_s))]
+        actions: list[Action] = [Report(node_events.PeerQuarantined(peer, reason, MAX_REFUSALS, duration_s))]
         try:
             self._trust.check(peer, now_s)
         except QuarantinedError as error:
@@ -87,7 +87,7 @@ class Sessions:
     def revoke(self, member: str, why: str, now_s: float) -> list[Action]:
         """`member` is no longer trusted."""
         self._trust.revoke(member, why)
-        actions: list[Action] = [Report(telemetry.MemberTrustChanged(member, False, why))]
+        actions: list[Action] = [Report(node_events.MemberTrustChanged(member, False, why))]
         if self._membership.state_of(member) in (SessionState.AWAITING_HELLO, SessionState.READY):
             try:
                 self._trust.check(member, now_s)
@@ -100,7 +100,7 @@ class Sessions:
         why = f"{peer} refuses us: {why}"
         leaving = self._leave(peer, why, now_s)
         self._membership.refuse(peer, by_peer=True)
-        return [*leaving, Report(telemetry.Refused(peer, reason, why))]
+        return [*leaving, Report(node_events.Refused(peer, reason, why))]
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class Sessions:
         if not self._membership.is_ready(peer):
             return []
         self._health.close(peer)
-        return [*self._end(peer, now_s), Report(telemetry.PeerDisconnected(peer, why))]
+        return [*self._end(peer, now_s), Report(node_events.PeerDisconnected(peer, why))]
 
     def _shut_out(self, peer: str, error: RefusedError, now_s: float) -> list[Action]:
         """Refuse the session, and say so."""
@@ -120,5 +120,5 @@ class Sessions:
         return [
             *leaving,
             send(peer, Refusal(error.reason, str(error)[:MAX_WHY_CHARS])),
-            Report(telemetry.Refused(peer, error.reason, str(error))),
+            Report(node_events.Refused(peer, error.reason, str(error))),
         ]

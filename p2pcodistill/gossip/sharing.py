@@ -2,14 +2,16 @@
 
 Students of one origin that are connected tell each other what they have of it, so that the origin need not send every frame
 to each of them: the manifest of a frame when it is stored, and, while it is being fetched, by and by which chunks are there.
+Of chunks each tells but a few of many others, so chosen that whatever one has is only a few steps from all.
 Of a frame of a single chunk there is nothing to share: most others have it from the origin by then, or soon will. They are
-told of the newest such frame now and then, and as soon as the origin cannot be reached from here, for then it may be gone.
-Whoever *follows* an origin here, because it cannot connect with it, hears of a frame as soon as this site does. A peer that
-is behind may ask for a path; the answer is what is held here, which only the origin can add to.
+told of the newest such frame as soon as the origin cannot be reached from here: then it may be gone. Whoever *follows* an
+origin here, because it cannot connect with it, hears of a frame as soon as this site does. A peer that is behind may ask for
+a path; the answer is what is held here, which only the origin can add to.
 """
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Collection, Mapping, Sequence
 
 from p2pcodistill.checkpoint.chain import MAX_CHAIN_FRAMES, cheapest_path, worth_keeping
@@ -21,8 +23,8 @@ from p2pcodistill.gossip.plan import MAX_PLAN_MANIFEST_BYTES
 
 MAX_PARTS_TOLD = 16
 """Into so many parts what is told of a frame being fetched is divided, whatever its size; what is left waits for a tick."""
-LAZY_S = 30.0
-"""For so long at most nobody is told of a frame of a single chunk but those who follow its origin."""
+MAX_NEAR = 4
+"""Up to so many others are all told of chunks."""
 MAX_ANSWERS = 32
 """How often a peer is told a path of one origin before this site holds something new of it."""
 
@@ -50,7 +52,10 @@ class Sharing:
         ] = {}  # frames being fetched that were told of in parts, and their origins
         self._num_untold: dict[str, int] = {}  # chunks that came since the last time, by frame
         self._num_answers: dict[tuple[str, str], int] = {}
-        self._untold_since_s: dict[str, float] = {}  # origins of frames that not everyone was told of
+        self._untold: dict[str, None] = {}  # origins of frames that not everyone was told of
+        self._num_manifest_bytes: dict[str, int] = {}  # of what is held, by origin
+        for origin in self._chains:
+            self._cap_manifests(origin)
 
     def frames_of(self, origin: str) -> Sequence[SignedManifest]:
         """The frames of `origin` that are held here."""
@@ -105,12 +110,17 @@ class Sharing:
         """Those who follow `origin` here."""
         return tuple(self._followers.get(origin, ()))
 
+    def followed_by(self, peer: str) -> tuple[str, ...]:
+        """The origins that `peer` follows here."""
+        return tuple(origin for origin, followers in self._followers.items() if peer in followers)
+
     def drop(self, origin: str) -> None:
         """Frames of `origin` are not kept any more."""
         self._chains.pop(origin, None)
         self._listeners.pop(origin, None)
         self._followers.pop(origin, None)
-        self._untold_since_s.pop(origin, None)
+        self._untold.pop(origin, None)
+        self._num_manifest_bytes.pop(origin, None)
 
     # --- what happens to frames --------------------------------------------------------------------------------------
 
@@ -145,33 +155,42 @@ class Sharing:
             return []
         return self._tell_parts(download)
 
-    def tick(self, downloads: Collection[Download], now_s: float) -> list[Action]:
-        """Time has passed: what has come of these since the last time is told, and what has waited for long enough."""
-        actions: list[Action] = []
-        if self._num_untold:
-            untold = [download for download in downloads if self._num_untold.get(download.frame_id)]
-            self._num_untold = {download.frame_id: 0 for download in untold}
-            actions += [action for download in untold for action in self._tell_parts(download)]
-        due = [origin for origin, since_s in self._untold_since_s.items() if now_s - since_s >= LAZY_S]
-        return actions + [action for origin in due for action in self.tell_all(origin)]
+    def tick(self, downloads: Collection[Download]) -> list[Action]:
+        """Time has passed: what has come of these since the last time is told."""
+        if not self._num_untold:
+            return []
+        untold = [download for download in downloads if self._num_untold.get(download.frame_id)]
+        self._num_untold = {download.frame_id: 0 for download in untold}
+        return [action for download in untold for action in self._tell_parts(download)]
 
     def tell_all(self, origin: str) -> list[Action]:
         """Whoever is to know of the newest frame of `origin` that is here, and was not told yet, is told now."""
         frames = self._chains.get(origin)
-        if self._untold_since_s.pop(origin, None) is None or not frames:
+        if origin not in self._untold or not frames:
             return []
+        del self._untold[origin]
         return self._tell_each(self._listeners.get(origin, ()), frames[-1])
 
-    def store(self, signed: SignedManifest, now_s: float) -> list[Action]:
-        """A frame is complete in the store."""
+    def keep(self, signed: SignedManifest) -> bool:
+        """A frame is complete in the store. Whether others are not offered any more, now that it is."""
         origin = signed.manifest.origin
         frames = self._chains.setdefault(origin, [])
         is_newest = not frames or frames[-1].version <= signed.version
         frames.append(signed)
-        if signed.base is None or len(frames) > MAX_CHAIN_FRAMES:
-            self._chains[origin] = worth_keeping(frames, keyframe_bytes=signed.manifest.num_fp16_bytes)
-        elif not is_newest:
+        if not is_newest:
             frames.sort(key=lambda frame: frame.version)
+        num_manifest_bytes = self._num_manifest_bytes.get(origin, 0) + len(signed.body)
+        self._num_manifest_bytes[origin] = num_manifest_bytes
+        is_long = len(frames) > MAX_CHAIN_FRAMES or num_manifest_bytes > MAX_PLAN_MANIFEST_BYTES
+        if signed.base is not None and not is_long:
+            return False
+        self._chains[origin] = worth_keeping(frames, keyframe_bytes=signed.manifest.num_fp16_bytes)
+        self._cap_manifests(origin)
+        return True
+
+    def tell_stored(self, signed: SignedManifest) -> list[Action]:
+        """Whoever is to know of a frame that is kept now is told."""
+        origin = signed.manifest.origin
         self._num_untold.pop(signed.frame_id, None)
         self._told_parts_of.pop(signed.frame_id, None)
         listeners = self._listeners.get(origin)
@@ -179,7 +198,7 @@ class Sharing:
             return []
         if signed.manifest.num_chunks > 1:
             return self._tell_each(listeners, signed)
-        self._untold_since_s.setdefault(origin, now_s)
+        self._untold[origin] = None
         return self._tell_each(self._followers.get(origin, ()), signed)
 
     def abandon(self, frame_id: str) -> list[Action]:
@@ -197,6 +216,7 @@ class Sharing:
         frames = self._chains.get(origin)
         if frames is not None:
             self._chains[origin] = [signed for signed in frames if signed.frame_id != frame_id]
+            self._cap_manifests(origin)
 
     # --- catching up -------------------------------------------------------------------------------------------------
 
@@ -229,6 +249,14 @@ class Sharing:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
+    def _cap_manifests(self, origin: str) -> None:
+        """Forget the oldest frames of an origin whose manifests would take too much memory: no path may be as long."""
+        frames = self._chains[origin]
+        num_bytes = sum(len(signed.body) for signed in frames)
+        while num_bytes > MAX_PLAN_MANIFEST_BYTES:
+            num_bytes -= len(frames.pop(0).body)
+        self._num_manifest_bytes[origin] = num_bytes
+
     def _tell_each(self, peers: Collection[str], signed: SignedManifest) -> list[Action]:
         """Those of `peers` that need it are told that this frame is here."""
         return [action for peer in peers for action in self._tell_of(peer, signed, has_all=True)]
@@ -251,9 +279,19 @@ class Sharing:
         version = download.offer.version
         return [
             send(peer, have)
-            for peer in self._listeners.get(download.origin, ())
+            for peer in self._near(download.origin)
             if (reached := self._reached.get((peer, download.origin))) is None or reached < version
         ]
+
+    def _near(self, origin: str) -> Collection[str]:
+        """Who is told of chunks: those who listen 1, 2, 4, 8 and so on places after this site, and whoever follows here."""
+        listeners = self._listeners.get(origin, {})
+        if len(listeners) <= MAX_NEAR:
+            return listeners
+        ordered = sorted(listeners)
+        after = bisect(ordered, self._site) - 1
+        near = [ordered[(after + (1 << step)) % len(ordered)] for step in range(len(ordered).bit_length())]
+        return dict.fromkeys((*near, *self._followers.get(origin, ())))
 
     def _reach(self, peer: str, origin: str, version: Version) -> None:
         reached = self._reached.get((peer, origin))

@@ -66,6 +66,10 @@ class Teaching:
         """`peer` need not be told any more."""
         self._followers.pop(peer, None)
 
+    def is_told(self, peer: str) -> bool:
+        """Whether `peer` is told of this site's frames, to learn from them or to relay them."""
+        return peer in self._students or peer in self._followers
+
     # --- what is told ------------------------------------------------------------------------------------------------
 
     def publish(self, signed: SignedManifest) -> list[Action]:
@@ -79,7 +83,7 @@ class Teaching:
 
     def answer(self, peer: str, request: CatchUp) -> list[Action]:
         """`peer` asks for a path to this site's newest version. Raises UnknownPeerError, or MalformedError."""
-        if peer not in self._students and peer not in self._followers:
+        if not self.is_told(peer):
             raise UnknownPeerError(f"{peer} asked for a path, but is no student of this site")
         return self._answer(peer, request, at_any_price=self._membership.has_finished)
 

@@ -1,7 +1,7 @@
-"""Fetching frames: what to begin, to complete and to give up.
+"""Fetching frames: what is known of them, what is under way, and what follows from every change.
 
-One frame per origin is fetched at a time, the head of its plan (see `plan`), pulled chunk by chunk from the peers that are
-known to hold it (see `asking`).
+One frame per origin is fetched at a time, the head of its plan (see `plan`, `advancing`), pulled chunk by chunk from the
+peers that are known to hold it (see `asking`).
 
 What follows from an event is worked out only for what the event has changed: most change nothing.
 """
@@ -10,23 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from p2pcodistill import telemetry
 from p2pcodistill.checkpoint.manifest import SignedManifest, Version
 from p2pcodistill.errors import ChecksumError, MalformedError
+from p2pcodistill.gossip.advancing import Advancing
 from p2pcodistill.gossip.asking import Asking
 from p2pcodistill.gossip.download import Download, Offer
 from p2pcodistill.gossip.events import (
     AbandonFrame,
     Action,
-    BeginFetch,
-    CompleteFrame,
     Report,
     StoreChunk,
-    send,
 )
 from p2pcodistill.gossip.messages import CatchUp, Chunk, Have
 from p2pcodistill.gossip.plan import Plan
 from p2pcodistill.gossip.window import LinkEstimate, Window
+from p2pcodistill.telemetry import node_events
 
 
 class Transfers:
@@ -52,12 +50,12 @@ class Transfers:
         self._plans = {origin: Plan(version) for origin, version in held.items()}
         self._downloads: dict[str, Download] = {}  # by frame
         self._suspects: dict[str, None] = {}
-        self._share_of = share_of
         self._asking = Asking(self._windows, self._suspects, share_of)
         # What has changed since the last `next_actions`: plans, downloads that may be asked for, and credit.
         self._moved: dict[str, None] = {}
         self._hungry: dict[str, None] = {}
         self._eager: dict[str, None] = {}
+        self._advancing = Advancing(self._windows, self._downloads, share_of, self._note_credit)
 
     @property
     def fetching(self) -> tuple[str, ...]:
@@ -178,6 +176,11 @@ class Transfers:
             plan.holders.pop(peer, None)
         self._moved[origin or peer] = None
 
+    def stop_waiting(self, origin: str) -> None:
+        """Who was asked for a path of `origin` has not answered for too long. An answer is welcome still."""
+        self.plan(origin).stop_waiting()
+        self._moved[origin] = None
+
     def break_chain(self, origin: str) -> None:
         """The ranks could not apply what the store holds of `origin`."""
         self.plan(origin).break_chain()
@@ -185,8 +188,10 @@ class Transfers:
 
     def relay(self, origin: str, held: Version | None) -> None:
         """Fetch the frames of `origin` that somebody needs who claims to hold `held`."""
-        if origin not in self._plans:
-            self._plans[origin] = Plan(held, is_for_others=True)
+        before = self._plans.get(origin)  # it was relayed once, and has not answered what it was asked then
+        self._plans[origin] = Plan(held, is_for_others=True)
+        if before is not None:
+            self._plans[origin].late.update(before.late)
 
     def relay_path(self, origin: str, request: CatchUp) -> None:
         """Ask `origin` for a path that somebody else needs, and fetch what it tells."""
@@ -199,16 +204,19 @@ class Transfers:
         self._moved.pop(origin, None)
         if plan is None:
             return []
+        plan.stop_waiting()  # but who was asked will answer
         self._plans[origin] = Plan(plan.held)
+        self._plans[origin].late.update(plan.late)
         if plan.download is None:
             return []
-        self._end(plan.download)
+        self._advancing.end(plan.download)
         return [AbandonFrame(plan.download.frame_id)]
 
     def forget(self, origin: str) -> list[Action]:
         """This site has nothing to do with `origin` any more."""
         actions = self.drop(origin)
-        self._plans.pop(origin, None)
+        if origin in self._plans and not self._plans[origin].late:
+            del self._plans[origin]
         return actions
 
     def plan(self, origin: str) -> Plan:
@@ -241,7 +249,7 @@ class Transfers:
                 download.want_again(chunk.index, peer)
             self._count_bad_chunk(peer, download.offer)
             self._moved[download.origin] = None
-            return [Report(telemetry.Refused(peer, error.reason, f"{peer} sent a wrong chunk: {error}"))]
+            return [Report(node_events.Refused(peer, error.reason, f"{peer} sent a wrong chunk: {error}"))]
         if is_new and peer == download.origin:
             download.num_of_origin += 1
         if download.is_full:
@@ -280,13 +288,13 @@ class Transfers:
             if download.offer is plan.head:
                 plan.refuse_head()
             plan.download = None
-            self._end(download)
+            self._advancing.end(download)
             self._moved[download.origin] = None
         return download
 
     def tick(self, now_s: float) -> None:
         """Time has passed: requests of silent peers are void."""
-        for peer, window in self._windows.items():
+        for peer, window in self._windows.items() if self._downloads else ():
             if window.is_stalled(now_s):
                 voided = window.void()
                 stalled = [self._downloads.get(frame_id) for frame_id in dict.fromkeys(f for f, _ in voided)]
@@ -295,7 +303,7 @@ class Transfers:
                 self._want_again(peer, voided)
         for origin, plan in self._plans.items():
             is_late = plan.asked is not None and now_s - plan.asked_s >= self._stall_timeout_s
-            if is_late and self._path_peer(origin, plan) is not None:
+            if is_late and self._advancing.path_peer(origin, plan) is not None:
                 plan.stop_waiting()
                 self._moved[origin] = None
         for download in self._downloads.values():
@@ -336,113 +344,27 @@ class Transfers:
         for origin in moved:
             plan = self._plans.get(origin)
             if plan is not None:
-                actions += self._advance(plan, now_s)
-                actions += self._ask_path(origin, plan, now_s)
-                if plan.download is not None:
+                self._advancing.advance(plan, actions, now_s)
+                self._advancing.ask_path(origin, plan, actions, now_s)
+                if plan.download is not None and plan.download.wanted:
                     hungry[plan.download.frame_id] = None
         eager, self._eager = self._eager, {}
-        for peer in eager:
+        if eager:
             for frame_id, download in self._downloads.items():
-                if peer in download.offer.sources:
+                if download.wanted and not eager.keys().isdisjoint(download.offer.sources):
                     hungry[frame_id] = None
         is_low: dict[str, bool] = {}
         for frame_id in hungry:
             hungry_download = self._downloads.get(frame_id)
             if hungry_download is not None and hungry_download.wanted:
                 actions += self._asking.feed(hungry_download, is_low, now_s)
-        for peer in dict.fromkeys((*eager, *is_low)):
+        for peer in (*eager, *is_low):
             if peer in self._windows:
                 self._windows[peer].rest()
         return actions
 
-    def _advance(self, plan: Plan, now_s: float) -> list[Action]:
-        actions: list[Action] = []
-        download = plan.download
-        if download is not None and self._is_vain(plan, download):
-            actions.append(AbandonFrame(download.frame_id))
-            self._end(download)
-            plan.download = None
-        if plan.download is not None:
-            if plan.download.is_full and not plan.download.is_completing:
-                plan.download.is_completing = True
-                actions.append(CompleteFrame(plan.download.frame_id))
-            return actions
-        while plan.head is not None and self._is_lost(plan.head):
-            plan.lose_head()
-        if plan.head is not None:
-            plan.download = self._start(plan.head, now_s)
-            actions.append(BeginFetch(plan.head.signed))
-        return actions
-
-    def _start(self, offer: Offer, now_s: float) -> Download:
-        download = Download(offer, now_s)
-        if download.num_chunks > 1:
-            # Every student begins elsewhere, so that they soon have something for each other.
-            place, num_sharing = self._share_of(download.origin)
-            download.first_index = place * download.num_chunks // num_sharing
-        self._downloads[offer.frame_id] = download
-        return download
-
-    def _is_vain(self, plan: Plan, download: Download) -> bool:
-        """Whether a download is to be given up; the plan is then rid of it."""
-        if not download.is_begun or download.is_completing:
-            return False
-        if download.offer is not plan.head:
-            return True
-        if download.is_full:
-            return False
-        if self._is_lost(download.offer):
-            plan.lose_head()
-            return True
-        if plan.is_head_skippable and (not download.is_arriving or self._is_stranded(plan, download.offer)):
-            plan.skip_head()
-            return True
-        return False
-
-    def _is_lost(self, offer: Offer) -> bool:
-        """Whether a frame cannot be had: nobody has it, or its origin does not and can tell another way."""
-        if not offer.has_source:
-            return True
-        origin = offer.signed.manifest.origin
-        is_dropped = origin in self._windows and origin in offer.lost
-        return is_dropped and not offer.has_source_among(self._windows)
-
-    def _is_stranded(self, plan: Plan, head: Offer) -> bool:
-        """Whether nobody who holds the head is here, but somebody who holds what comes next."""
-        return not head.has_source_among(self._windows) and any(
-            offer.has_source_among(self._windows) for offer in plan.offers[1:2]
-        )
-
-    def _path_peer(self, origin: str, plan: Plan) -> str | None:
-        """Whom to ask for a path: the origin if possible; nobody who was asked and has not answered yet."""
-        peers = (origin,) if plan.is_for_others else (origin, *plan.holders)
-        waited_for = plan.asked_of if plan.asked is not None else None
-        return next((p for p in peers if p in self._windows and p not in plan.late and p != waited_for), None)
-
-    def _ask_path(self, origin: str, plan: Plan, now_s: float) -> list[Action]:
-        peer = self._path_peer(origin, plan)
-        if peer is None:
-            return []
-        is_here = peer == origin
-        is_full = plan.download is not None and plan.download.is_full
-        if (
-            not is_here
-            and plan.head is not None
-            and not is_full
-            and not plan.head.has_source_among(self._windows)
-        ):
-            plan.need_path()  # whoever has it is not here; those who are may hold it, too, or know another way
-        elif plan.download is not None and plan.download.is_arriving:
-            return []
-        request = plan.ask(peer, now_s, origin=None if is_here else origin)
-        return [send(peer, request)] if request else []
-
-    def _end(self, download: Download) -> None:
-        """A download is over: nothing of it is under way any more."""
-        self._downloads.pop(download.frame_id, None)
-        for peer in dict.fromkeys((*download.offer.sources, *download.asked_of.values())):
-            if peer in self._windows and self._windows[peer].void(download.frame_id):
-                self._eager[peer] = None
+    def _note_credit(self, peer: str) -> None:
+        self._eager[peer] = None
 
     def _count_bad_chunk(self, peer: str, offer: Offer) -> None:
         source = offer.sources.get(peer)

@@ -73,8 +73,8 @@ class Trust:
         record = self._records.get(peer)
         if record is None:
             record = self._records[peer] = _Record(counted_s=now_s)
-        refilled = record.num_left + (now_s - record.counted_s) * MAX_MESSAGES_PER_S
-        record.num_left = min(MAX_BURST_MESSAGES, refilled) - cost
+        num_left = record.num_left + (now_s - record.counted_s) * MAX_MESSAGES_PER_S
+        record.num_left = (num_left if num_left < MAX_BURST_MESSAGES else MAX_BURST_MESSAGES) - cost
         record.counted_s = now_s
         if record.num_left < 0.0:
             record.num_left = 0.0

@@ -25,24 +25,25 @@ from p2pcodistill.codistill.codistiller import Codistiller
 from p2pcodistill.codistill.exchange import ChainFile, Inbox, Offer
 from p2pcodistill.codistill.gate import Criterion
 from p2pcodistill.codistill.teachers import Forward
-from p2pcodistill.config import GROUP_SPEC_VARIABLE, CodistillationConfig, GroupSpec, parse_model
+from p2pcodistill.config import GROUP_SPEC_VARIABLE, CodistillationConfig, GroupSpec
 from p2pcodistill.errors import ConfigError, GroupError
 from p2pcodistill.group.lifeline import die_with_parent
-from p2pcodistill.group.link import (
+from p2pcodistill.group.link import RankLink
+from p2pcodistill.group.link_messages import (
     FrameOffer,
     FrameOffered,
     FrameTaken,
     KeyframeWanted,
     LinksMeasured,
     NodeOrder,
-    RankLink,
     StopRequested,
     TrustChanged,
     VersionKnown,
 )
 from p2pcodistill.group.receiving import FrameReceiver
 from p2pcodistill.group.sending import FrameSender
-from p2pcodistill.telemetry import Event
+from p2pcodistill.strict import parse_model
+from p2pcodistill.telemetry.event import Event
 
 CONNECT_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 10.0

@@ -23,7 +23,7 @@ from p2pcodistill.checkpoint.reference import Reference
 from p2pcodistill.checkpoint.snapshot import Schema
 from p2pcodistill.codistill.exchange import Offer
 from p2pcodistill.errors import MalformedError, OversizedError, SchemaMismatchError
-from p2pcodistill.group.link import ChainBroken, ReferenceReady
+from p2pcodistill.group.link_messages import ChainBroken, ReferenceReady
 from p2pcodistill.group.sending import outbox_file
 
 _MAX_DELTAS = MAX_CHAIN_FRAMES // 2

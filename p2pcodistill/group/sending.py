@@ -21,8 +21,10 @@ from p2pcodistill.checkpoint.encoder import EncodedFrame, FrameEncoder
 from p2pcodistill.checkpoint.snapshot import Snapshot
 from p2pcodistill.config import FramesConfig
 from p2pcodistill.errors import NonFiniteError
-from p2pcodistill.group.link import EventHappened, FrameReady, FrameTaken
-from p2pcodistill.telemetry import Event, SnapshotSkipped, to_record
+from p2pcodistill.group.link_messages import EventHappened, FrameReady, FrameTaken
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.records import to_record
+from p2pcodistill.telemetry.training_events import SnapshotSkipped
 
 _PARTIAL_SUFFIX = ".part"
 _MIN_INTERVAL_S = 1.0

@@ -14,7 +14,8 @@ from p2pcodistill.config import GroupConfig, GroupSpec
 from p2pcodistill.errors import GroupError
 from p2pcodistill.group.launch import Group, restart_delay_s
 from p2pcodistill.group.lifeline import kill_descendants
-from p2pcodistill.telemetry import EventLog, GroupExited, GroupStarted, NodeStopping
+from p2pcodistill.telemetry.log import EventLog
+from p2pcodistill.telemetry.node_events import GroupExited, GroupStarted, NodeStopping
 
 
 class StopSwitch:

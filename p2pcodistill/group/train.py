@@ -1,7 +1,7 @@
 """The reference training loop, which torchrun starts once a rank: `python -m p2pcodistill.group.train`.
 
-An ordinary PyTorch loop with DDP, Adam and autocast, plus the three lines of codistillation (`join`, `loss`, `step`); the
-rest is what a run on unreliable machines needs: complete training checkpoints, an agreed stop, evaluation, events.
+An ordinary PyTorch loop with DDP and autocast, plus the three lines of codistillation (`join`, `loss`, `step`); the rest is
+what a run on unreliable machines needs: complete training checkpoints, an agreed stop, evaluation, events.
 
 On the CPU and without peers, a resumed run is bit-identical to one that was never stopped, on the same processor and
 versions, with up to two ranks (the order in which more than two are summed may differ in the first step after a resume). On
@@ -11,9 +11,7 @@ GPUs a resume is as complete, but cuDNN may compute other last bits.
 from __future__ import annotations
 
 import logging
-import math
 import os
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from p2pcodistill.codistill.averaging import WeightAverage
 from p2pcodistill.codistill.codistiller import Codistiller
 from p2pcodistill.codistill.gate import Criterion
 from p2pcodistill.codistill.teachers import Forward, State, map_tensors
@@ -34,10 +33,15 @@ from p2pcodistill.errors import GroupError, UserError
 from p2pcodistill.group.checkpoints import TrainingCheckpoint, TrainingCheckpoints
 from p2pcodistill.group.exchange import join, read_group_spec
 from p2pcodistill.group.lifeline import die_with_parent
-from p2pcodistill.group.task import load_task
-from p2pcodistill.telemetry import (
+from p2pcodistill.group.meter import Meter
+from p2pcodistill.group.optimizer import learning_rate, make_optimizer, set_step
+from p2pcodistill.group.predictions import save_predictions
+from p2pcodistill.group.randomness import random_states, restore_random_states, seed_random_states
+from p2pcodistill.group.smoothing import LabelSmoothing
+from p2pcodistill.group.task import Evaluation, Predictions, load_task
+from p2pcodistill.runfolder import PREDICTIONS_FILE
+from p2pcodistill.telemetry.training_events import (
     Evaluated,
-    StepMeasured,
     TrainingCheckpointed,
     TrainingEnded,
     TrainingStarted,
@@ -115,14 +119,6 @@ def choose_precision(config: TrainingConfig, device: torch.device) -> torch.dtyp
     return torch.bfloat16 if native else torch.float32
 
 
-def learning_rate(config: TrainingConfig, num_steps: int) -> float:
-    """The rate of the update after `num_steps`: linear warm-up, then constant or a cosine down to zero."""
-    warmup = min(1.0, (num_steps + 1) / max(1, config.warmup_steps))
-    if config.learning_rate_schedule == "constant":
-        return config.learning_rate * warmup
-    return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * num_steps / config.num_steps))
-
-
 class Join(Protocol):
     """Makes the `Codistiller` of a model, as `group.exchange.join` does."""
 
@@ -142,19 +138,29 @@ class Training:
         *,
         join: Join = join,
         clock: Callable[[], float] = time.perf_counter,
+        num_workers: int | None = None,
     ) -> None:
-        """`join` makes the codistiller of the model. `clock`, in seconds, is what durations are measured with."""
+        """`join` makes the codistiller of the model. `clock`, in seconds, is what durations are measured with.
+
+        A step's gradient is the mean over the batches of `num_workers`: the ranks, unless a simulation has others.
+        """
         self._clock = clock
         self._config = config = spec.training
         self._device = device
         self._rank = 0 if control_group is None else dist.get_rank(control_group)
         self._num_ranks = 1 if control_group is None else dist.get_world_size(control_group)
+        self._num_workers = self._num_ranks if num_workers is None else num_workers
         self._model_path = spec.model_path
         self._dtype = choose_precision(config, device)
         self._task = load_task(spec, rank=self._rank, num_ranks=self._num_ranks, device=device)
-        torch.manual_seed(config.seed % 2**63)
+        own_seed = config.seed if config.initialisation_seed is None else config.initialisation_seed
+        torch.manual_seed(own_seed % 2**63)
         self._model = self._task.make_model()
-        self._optimizer = torch.optim.Adam(self._model.parameters(), lr=config.learning_rate)
+        self._optimizer = make_optimizer(config, self._model)
+        self._smoothing = LabelSmoothing(config)
+        self._average: WeightAverage | None = None
+        if config.average_decay > 0 and self._rank == 0:
+            self._average = WeightAverage(self._model, config.average_decay)
         self._state: State = None
         self._step = 0
         self._saved_step = 0
@@ -170,7 +176,7 @@ class Training:
             device_ids = [device.index] if device.type == "cuda" else None
             self._student = DistributedDataParallel(self._model, device_ids=device_ids)
         self._started_s = clock()
-        self._meter = _Meter(clock, self._codistiller.exchange_s)
+        self._meter = Meter(clock, self._codistiller.exchange_s)
 
     def run(self) -> None:
         """Train until the last step or the agreed stop, save what a restart needs, and close the exchange.
@@ -185,6 +191,20 @@ class Training:
             self.end()
         finally:
             self._codistiller.close()
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+        return self._model
+
+    @property
+    def num_steps(self) -> int:
+        """Completed updates."""
+        return self._step
+
+    def count_loss(self, loss: Tensor) -> None:
+        """Count in the next report a batch's loss whose gradient was computed elsewhere."""
+        self._meter.add(loss, None)
 
     @property
     def is_under_way(self) -> bool:
@@ -202,9 +222,14 @@ class Training:
             self._evaluate()  # the event of the last life may have been on its way when that was killed
 
     def advance(self) -> None:
-        """Make one update, and what is due after it."""
+        """Make one update, and what is due after it: these three, in which others may have their say in between."""
+        self.compute_gradient()
+        self.update()
+        self.conclude_step()
+
+    def conclude_step(self) -> None:
+        """What is due after an update: to publish, to report, to evaluate, to save."""
         config = self._config
-        self._update()
         is_last = self._step == config.num_steps
         if is_last:
             self._codistiller.publish()
@@ -214,7 +239,9 @@ class Training:
             self._evaluate()
         if is_last and self._rank == 0:
             # Before the last checkpoint, by which a restarted group knows that nothing is left to do.
-            save_model_file(self._model, self._model_path)
+            save_model_file(self._kept_model, self._model_path)
+            predictions_path = self._model_path.with_name(PREDICTIONS_FILE)
+            save_predictions(self.predict(self._kept_model), predictions_path)
         if is_last or self._step % config.checkpoint_interval_steps == 0:
             self._save_checkpoint()
 
@@ -233,36 +260,45 @@ class Training:
                 self._step,
                 self._config.num_steps,
                 num_parameters,
-                self._num_ranks,
+                self._num_workers,
                 self._device.type,
                 precision,
             )
         )
 
-    def _update(self) -> None:
-        """One update of the parameters (Anil et al. 2018, Algorithm 1)."""
+    def compute_gradient(self) -> Tensor:
+        """The gradient of the next batch's loss (Anil et al. 2018, Algorithm 1), left in the parameters.
+
+        Returns that loss, a scalar, without smoothing and distillation.
+        """
         inputs, targets = self._task.next_batch()
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             logits, state = self._task.forward(self._student, inputs, self._state)
             loss = self._task.loss(logits, targets)
             distillation = self._codistiller.loss(logits, inputs, targets)
+        smoothed = self._smoothing.smooth(loss, logits, targets)
         self._optimizer.zero_grad()
-        (loss + distillation).backward()  # type: ignore[no-untyped-call]
-        if self._config.max_gradient_norm:
-            nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_gradient_norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self._config, self._step)
-        self._optimizer.step()
-        self._codistiller.step()
+        (smoothed + distillation).backward()  # type: ignore[no-untyped-call]
         self._state = map_tensors(Tensor.detach, state)
-        self._step += 1
         if self._rank == 0:  # which alone measures, and so empties it
             self._meter.add(loss.detach(), self._codistiller.last_distillation_loss)
+        return loss.detach()
+
+    def update(self) -> None:
+        """Update the parameters by the gradient that they have."""
+        if self._config.max_gradient_norm:
+            nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_gradient_norm)
+        set_step(self._optimizer, self._config, self._step, num_workers=self._num_workers)
+        self._optimizer.step()
+        if self._average is not None:
+            self._average.update()
+        self._codistiller.step()
+        self._step += 1
 
     def _report_progress(self) -> None:
         if self._rank != 0:
             return
-        rate = learning_rate(self._config, self._step - 1)
+        rate = learning_rate(self._config, self._step - 1, num_workers=self._num_workers)
         self._codistiller.report(self._meter.measure(self._step, rate, self._codistiller.exchange_s))
 
     def _evaluate(self) -> None:
@@ -270,11 +306,33 @@ class Training:
         if self._rank != 0:
             return
         start_s = self._clock()
-        self._model.eval()
+        evaluation = self.evaluate(self._kept_model)
+        metrics = evaluation.metrics
+        if self._average is not None:
+            metrics = metrics | {"unaveraged_loss": self.evaluate(self._model).loss}
+        duration_s = self._clock() - start_s
+        self._codistiller.report(Evaluated(self._step, evaluation.loss, duration_s, metrics))
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """How good `model` is on held-out data, in the precision of this training."""
+        model.eval()
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            val_loss = self._task.evaluate(self._model)
-        self._model.train()
-        self._codistiller.report(Evaluated(self._step, val_loss, self._clock() - start_s))
+            evaluation = self._task.evaluate(model)
+        model.train()
+        return evaluation
+
+    def predict(self, model: nn.Module) -> Predictions:
+        """What `model` says of held-out examples, in the precision of this training."""
+        model.eval()
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            predictions = self._task.predict(model)
+        model.train()
+        return predictions
+
+    @property
+    def _kept_model(self) -> nn.Module:
+        """What a user keeps of the run, and what is evaluated: the model, or its average where there is to be one."""
+        return self._model if self._average is None else self._average.model()
 
     @property
     def _duration_s(self) -> float:
@@ -287,11 +345,13 @@ class Training:
         shared = {
             "model": self._model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
+            "average": None if self._average is None else self._average.state_dict(),
             "duration_s": self._duration_s,
         }
         own = {
             "task": self._task.state_dict(),
             "state": self._state,
+            "smoothing": self._smoothing.state_dict(),
             "codistiller": self._codistiller.state_dict(),
             "random": random_states(self._device),
         }
@@ -304,67 +364,14 @@ class Training:
         self._model.load_state_dict(checkpoint.shared["model"])
         self._optimizer.load_state_dict(checkpoint.shared["optimizer"])
         self._earlier_s = checkpoint.shared["duration_s"]
+        if self._average is not None and checkpoint.shared.get("average") is not None:
+            self._average.load_state_dict(checkpoint.shared["average"])
         self._task.load_state_dict(checkpoint.own["task"])
         self._state = map_tensors(lambda tensor: tensor.to(self._device), checkpoint.own["state"])
+        if "smoothing" in checkpoint.own:  # checkpoints had neither once
+            self._smoothing.load_state_dict(checkpoint.own["smoothing"], self._device)
         self._codistiller.load_state_dict(checkpoint.own["codistiller"])
         restore_random_states(checkpoint.own["random"], self._device)
-
-
-class _Meter:
-    """Means over the steps since the last measurement; sums stay on the device until then."""
-
-    def __init__(self, clock: Callable[[], float], exchange_s: float) -> None:
-        self._clock = clock
-        self._since_s, self._since_exchange_s = clock(), exchange_s
-        self._losses: list[Tensor] = []
-        self._distillation_losses: list[Tensor] = []
-
-    def add(self, loss: Tensor, distillation_loss: Tensor | None) -> None:
-        """Count one step."""
-        self._losses.append(loss)
-        if distillation_loss is not None:
-            self._distillation_losses.append(distillation_loss)
-
-    def measure(self, step: int, rate: float, exchange_s: float) -> StepMeasured:
-        """The event of the steps since the last call, given the exchange's seconds so far."""
-        now_s = self._clock()
-        duration_s = now_s - self._since_s
-        event = StepMeasured(
-            step,
-            float(torch.stack(self._losses).mean()),
-            float(torch.stack(self._distillation_losses).mean()) if self._distillation_losses else None,
-            rate,
-            len(self._losses) / duration_s,
-            exchange_s - self._since_exchange_s,
-            duration_s,
-        )
-        self._since_s, self._since_exchange_s = now_s, exchange_s
-        self._losses, self._distillation_losses = [], []
-        return event
-
-
-# --- what is kept ------------------------------------------------------------------------------------------
-
-
-def seed_random_states(seed: int, rank: int) -> None:
-    """Different random numbers on every rank, from the run's seed."""
-    own_seed = (seed * 1_000_003 + rank + 1) % 2**63
-    torch.manual_seed(own_seed)
-    random.seed(own_seed)
-
-
-def random_states(device: torch.device) -> dict[str, Any]:
-    """This process's random states, as plain data and tensors."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """The inverse of `random_states`, as far as both ran on the same kind of device."""
-    random.setstate(states["python"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def save_model_file(model: nn.Module, path: Path) -> None:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-from p2pcodistill.report import figures
 from p2pcodistill.report.history import read_event
-from p2pcodistill.report.staleness import Edge, EdgeStaleness, StalenessTracker
-from p2pcodistill.telemetry import NodeStarted, Record, TrafficMeasured
+from p2pcodistill.report.staleness import StalenessTracker
+from p2pcodistill.report.table import ABSENT, byte_count, number
+from p2pcodistill.telemetry.node_events import NodeStarted, TrafficMeasured
+from p2pcodistill.telemetry.records import Record
 
 MAX_ROWS = 200
 """Edges in the table of a report; of a larger run, those with the stalest teachers."""
-MAX_LINES = 16
-"""Edges that are drawn one by one; of more, the mean and the range."""
-_NUM_TIMES = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +57,30 @@ class EdgeResults:
 
     @property
     def rows(self) -> tuple[EdgeResult, ...]:
-        """What a table shows: all edges, or of many those with the stalest teachers."""
-        if len(self.edges) <= MAX_ROWS:
-            return self.edges
-        return tuple(sorted(self.edges, key=lambda edge: -edge.mean_staleness_steps)[:MAX_ROWS])
+        """What a table shows of them."""
+        return table_rows(self.edges)
+
+
+def table_rows(edges: Sequence[EdgeResult]) -> tuple[EdgeResult, ...]:
+    """What a table shows: all edges, or of many those with the stalest teachers."""
+    if len(edges) <= MAX_ROWS:
+        return tuple(edges)
+    return tuple(sorted(edges, key=lambda edge: -edge.mean_staleness_steps)[:MAX_ROWS])
+
+
+def edge_rows(edges: Sequence[EdgeResult]) -> list[list[str]]:
+    """The cells of a table: teacher, student, bytes sent to the student, versions learnt from, mean and most staleness."""
+    return [
+        [
+            edge.teacher,
+            edge.student,
+            byte_count(edge.num_bytes),
+            str(edge.num_versions or ABSENT),
+            number(edge.mean_staleness_steps, 1) if edge.num_versions else ABSENT,
+            str(edge.max_staleness_steps) if edge.num_versions else ABSENT,
+        ]
+        for edge in edges
+    ]
 
 
 def bytes_sent_by_peer(records: Iterable[Record]) -> dict[str, int]:
@@ -94,69 +108,16 @@ def _added(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int
     return {peer: first.get(peer, 0) + second.get(peer, 0) for peer in [*first, *second]}
 
 
-def staleness_over_time(results: EdgeResults, sites: Mapping[str, str]) -> Figure | None:
-    """How far students were behind, over time, and for which share of it. `sites` maps each site to its colour.
+def sample_staleness(
+    tracker: StalenessTracker, start_s: float, end_s: float, num_times: int
+) -> list[tuple[float, float, float]]:
+    """(seconds, mean steps, most steps) of all edges in use by then, at moments evenly apart from `start_s` to `end_s`.
 
-    None where nobody learnt from anybody.
+    Seconds count from `start_s`; there are none before the first edge is in use.
     """
-    tracker = results.staleness
-    curves = {key: edge for key, edge in tracker.edges.items() if edge.curve}
-    if not curves or not tracker.seconds_at:
-        return None
-    with figures.style():
-        height = 3.4 + 0.2 * math.ceil(len(curves) / 4) * (len(curves) <= MAX_LINES)
-        figure, (over_time, histogram) = figures.new_figure(9.0, height, num_columns=2, width_ratios=(1.7, 1))
-        start_s = min(
-            time_s
-            for points in ([e.curve for e in curves.values()], tracker.published.values())
-            for time_s, _ in itertools.chain.from_iterable(points)
-        )
-        if len(curves) <= MAX_LINES:
-            for (teacher, student), edge in curves.items():
-                over_time.step(
-                    [time_s - start_s for time_s, _ in edge.curve],
-                    [steps for _, steps in edge.curve],
-                    where="post",
-                    color=sites.get(teacher, figures.INK),
-                    linewidth=1.1,
-                    alpha=0.8,
-                    label=f"{teacher} → {student}",
-                )
-            figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-        else:
-            times_s, means, tops = _sampled(curves, start_s)
-            over_time.plot(times_s, means, color=figures.INK, label="mean of all edges")
-            over_time.plot(times_s, tops, color=figures.FAINT_INK, linewidth=1.0, label="stalest edge")
-            over_time.legend()
-        over_time.set_title("Steps behind the newest checkpoint")
-        over_time.set_xlabel("seconds")
-        over_time.set_ylabel("steps")
-        over_time.set_ylim(bottom=0)
-        over_time.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        steps = sorted(tracker.seconds_at)
-        total_s = sum(tracker.seconds_at.values())
-        gap = min((b - a for a, b in itertools.pairwise(steps)), default=1)
-        histogram.bar(
-            steps,
-            [tracker.seconds_at[behind] / total_s for behind in steps],
-            width=0.8 * gap,
-            color=figures.SITE_COLOURS[0],
-        )
-        histogram.set_title("Share of the time")
-        histogram.set_xlabel("steps behind")
-        histogram.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        histogram.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        return figure
-
-
-def _sampled(
-    curves: Mapping[Edge, EdgeStaleness], start_s: float
-) -> tuple[list[float], list[float], list[int]]:
-    """(seconds, mean steps, most steps) of all edges that were there by then, at moments evenly apart."""
-    end_s = max(edge.curve[-1][0] for edge in curves.values())
-    times_s = [start_s + (end_s - start_s) * index / _NUM_TIMES for index in range(_NUM_TIMES + 1)]
+    times_s = [start_s + (end_s - start_s) * index / num_times for index in range(num_times + 1)]
     sums, counts, tops = [0] * len(times_s), [0] * len(times_s), [0] * len(times_s)
-    for edge in curves.values():
+    for edge in tracker.edges.values():
         position, behind = 0, None
         for index, time_s in enumerate(times_s):
             while position < len(edge.curve) and edge.curve[position][0] <= time_s:
@@ -166,5 +127,15 @@ def _sampled(
                 sums[index] += behind
                 counts[index] += 1
                 tops[index] = max(tops[index], behind)
-    means = [total / count if count else 0.0 for total, count in zip(sums, counts, strict=True)]
-    return [time_s - start_s for time_s in times_s], means, tops
+    return [
+        (time_s - start_s, total / count, float(top))
+        for time_s, total, count, top in zip(times_s, sums, counts, tops, strict=True)
+        if count
+    ]
+
+
+def start_of(tracker: StalenessTracker) -> float:
+    """When, in seconds, something was published or learnt from first."""
+    used = (time_s for edge in tracker.edges.values() for time_s, _ in edge.curve)
+    published = (time_s for versions in tracker.published.values() for time_s, _ in versions)
+    return min(itertools.chain(used, published), default=0.0)

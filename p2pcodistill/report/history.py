@@ -11,33 +11,37 @@ group, and a group that restarts resumes from an earlier step. The rules:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from p2pcodistill.telemetry import (
-    Evaluated,
-    Event,
-    EventTail,
-    FaultInjected,
+from p2pcodistill.report.peers import PeerHistory, note_peers
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.log import EventTail
+from p2pcodistill.telemetry.node_events import (
     FrameFetched,
     FramePublished,
     GroupStarted,
     NodeStarted,
-    Record,
     Refused,
+    RelayStarted,
+    TrafficMeasured,
+    VersionAnnounced,
+)
+from p2pcodistill.telemetry.records import Record, from_record
+from p2pcodistill.telemetry.simulation_events import FaultInjected
+from p2pcodistill.telemetry.training_events import (
+    Evaluated,
     StepMeasured,
     TeacherExpired,
     TeacherGated,
     TeacherReadmitted,
     TeacherRefused,
     TeacherSwapped,
-    TrafficMeasured,
     TrainingEnded,
     TrainingStarted,
-    VersionAnnounced,
-    from_record,
 )
 
 Curve: TypeAlias = list[tuple[int, float]]
@@ -51,7 +55,7 @@ Value = TypeVar("Value")
 def read_event(record: Record) -> Event:
     """The event of a record, whichever version of this package wrote it: frames without a kind were all keyframes.
 
-    Raises ValueError as `telemetry.from_record` does.
+    Raises ValueError as `telemetry.records.from_record` does.
     """
     if record.get("event") in (FramePublished.name, FrameFetched.name):
         record = {"kind": "keyframe"} | record
@@ -68,9 +72,20 @@ class TrafficPoint(NamedTuple):
     """The step that training had reached by then."""
 
 
+@dataclass(frozen=True, slots=True)
+class EvaluationDetail:
+    """What there is to an evaluation beside its loss."""
+
+    time_s: float
+    """Since the first record."""
+    num_bytes_sent: int
+    """By then."""
+    metrics: Mapping[str, float]
+
+
 @dataclass(slots=True)
 class Fetched:
-    """What a site has fetched of one origin: versions, as (incarnation, step), and the bytes of frames that it took."""
+    """What a site has fetched of one teacher: versions, as (incarnation, step), and the bytes of frames that it took."""
 
     versions: set[tuple[int, int]] = field(default_factory=set)
     num_bytes: int = 0
@@ -166,6 +181,8 @@ class SiteHistory:
 
     evaluations: Curve = field(default_factory=list)
     """Held-out loss."""
+    evaluation_details: dict[int, EvaluationDetail] = field(default_factory=dict)
+    """By step, of the newest evaluation at each."""
     losses: Curve = field(default_factory=list)
     """Training loss, the mean over the steps since the previous point."""
     staleness: TeacherCurve = field(default_factory=list)
@@ -188,7 +205,7 @@ class SiteHistory:
     num_fp16_bytes: int | None = None
     """A checkpoint of this site's as raw fp16."""
     fetched: dict[str, Fetched] = field(default_factory=dict)
-    """Per origin."""
+    """Per teacher."""
     swapped: dict[str, set[tuple[int, int]]] = field(default_factory=dict)
     """Per teacher: the versions that were learnt from."""
     num_gatings: dict[str, int] = field(default_factory=dict)
@@ -196,6 +213,12 @@ class SiteHistory:
     num_expiries: dict[str, int] = field(default_factory=dict)
     """Per teacher: how many of its versions were over a limit on staleness or age."""
     num_refusals: int = 0
+    refusals: Counter[str] = field(default_factory=Counter)
+    """How many, by their reason."""
+    peers: dict[str, PeerHistory] = field(default_factory=dict)
+    """What there was to say about each peer."""
+    num_bytes_relayed: dict[str, int] = field(default_factory=dict)
+    """Per origin that does not teach this site: bytes of its frames that were fetched for others."""
     faults: list[tuple[str, int]] = field(default_factory=list)
     """What a simulation did to the site: the kind, and the step that it had reached."""
     num_node_starts: int = 0
@@ -233,6 +256,7 @@ class SiteHistory:
             start_time_s = time_s if start_time_s is None else start_time_s
             teachers.update(event)
             traffic.update(event)
+            note_peers(history.peers, event)
             match event:
                 case NodeStarted():
                     history.num_node_starts += 1
@@ -249,6 +273,10 @@ class SiteHistory:
                     last_step = event.step
                 case Evaluated():
                     _put(history.evaluations, event.step, _number(event.val_loss))
+                    metrics = {name: _number(value) for name, value in event.metrics.items()}
+                    history.evaluation_details[event.step] = EvaluationDetail(
+                        time_s - start_time_s, traffic.num_bytes_sent, metrics
+                    )
                 case TeacherSwapped():
                     history.num_teacher_swaps += 1
                     history.swapped.setdefault(event.teacher, set()).add(
@@ -258,14 +286,14 @@ class SiteHistory:
                     history.num_frames_published += 1
                     history.num_keyframes_published += event.kind == "keyframe"
                     history.num_fp16_bytes = event.num_fp16_bytes
+                case RelayStarted():
+                    history.num_bytes_relayed.setdefault(event.origin, 0)
                 case FrameFetched():
-                    fetched = history.fetched.setdefault(event.origin, Fetched())
-                    fetched.versions.add((event.incarnation, event.step))
-                    fetched.num_bytes += event.num_bytes + event.num_resent_bytes
+                    history._fetch(event)
                 case Refused():
-                    history.num_refusals += event.num_times
+                    history._refuse(event.reason, event.num_times)
                 case TeacherRefused():
-                    history.num_refusals += 1
+                    history._refuse(event.reason)
                 case TeacherGated():
                     history.num_gatings[event.teacher] = history.num_gatings.get(event.teacher, 0) + 1
                 case TeacherExpired():
@@ -284,6 +312,19 @@ class SiteHistory:
                 case TrainingEnded():
                     history._end(event, num_new_steps=event.step - last_step)
         return history
+
+    def _fetch(self, event: FrameFetched) -> None:
+        num_bytes = event.num_bytes + event.num_resent_bytes
+        if event.origin in self.num_bytes_relayed:  # it teaches others
+            self.num_bytes_relayed[event.origin] += num_bytes
+            return
+        fetched = self.fetched.setdefault(event.origin, Fetched())
+        fetched.versions.add((event.incarnation, event.step))
+        fetched.num_bytes += num_bytes
+
+    def _refuse(self, reason: str, num_times: int = 1) -> None:
+        self.num_refusals += num_times
+        self.refusals[reason] += num_times
 
     def _go_back_to(self, step: int) -> None:
         for curve in (self.evaluations, self.losses, self.staleness, self.lag):

@@ -6,18 +6,22 @@ Everything that comes from a file or a peer is escaped; the pictures are inline 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from p2pcodistill.report import figures
-from p2pcodistill.report.edges import EdgeResults, staleness_over_time
+from p2pcodistill.report.ages import MAX_PANELS, staleness_and_lag
+from p2pcodistill.report.edges import EdgeResults, edge_rows
+from p2pcodistill.report.learning_curves import learning_curves
+from p2pcodistill.report.links import link_rows
+from p2pcodistill.report.page import render
+from p2pcodistill.report.staleness_figures import staleness_picture
 from p2pcodistill.report.states import state_rows, states_picture
 from p2pcodistill.report.summary import ArmResult, Summary
 from p2pcodistill.report.table import ABSENT, byte_count, headline, number, percent, times
+from p2pcodistill.report.traffic import traffic
 from p2pcodistill.topology.graph import Topology
 
 
@@ -31,23 +35,26 @@ def write_report(
     versions: Mapping[str, str],
     edges: EdgeResults | None = None,
     topology: Topology | None = None,
+    comparison: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the report of `arms`, with their `summary` (from `summarise`), to `path`.
 
     `configuration_text` is shown as it is; `versions` maps software to version. `edges` and
-    `topology` are those of the first codistilled arm under the first seed.
+    `topology` are those of the first codistilled arm under the first seed. `comparison` is what `comparison_section` makes.
     """
     codistilled = next((arm for arm in arms if arm.kind == "codistilled"), None)
-    states = states_picture(topology, codistilled) if topology and codistilled else None
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    has_timeline = codistilled is not None and _timeline_adds_something(codistilled)
+    versions_picture = (
+        staleness_picture(edges, figures.site_colours(arms), with_timeline=has_timeline) if edges else None
     )
-    template = resources.files("p2pcodistill.report").joinpath("template.html").read_text(encoding="utf-8")
-    page = environment.from_string(template).render(
+    states = states_picture(topology, codistilled.sites) if topology and codistilled else None
+    page = render(
+        "template.html",
         title=title,
         headline=headline(summary),
         tiles=_tiles(summary),
         notes=summary["notes"],
+        comparison=comparison,
         loss_unit=summary["loss_unit"],
         num_seeds=len(summary["seeds"]),
         first_seed=summary["seeds"][0] if summary["seeds"] else None,
@@ -55,12 +62,14 @@ def write_report(
         models=_models(summary),
         pictures=_pictures(arms, summary)
         | {
-            "versions": _versions_picture(arms, edges),
+            "versions": Markup(figures.to_svg(versions_picture, "versions") if versions_picture else ""),
             "states": Markup(figures.to_svg(states, "states") if states else ""),
         },
-        state_rows=state_rows(codistilled) if states and codistilled else [],
+        state_rows=state_rows(codistilled.sites) if states and codistilled else [],
+        has_timeline=has_timeline,
         num_sites=len(codistilled.sites) if codistilled else 0,
-        edge_rows=_edge_rows(edges),
+        edge_rows=edge_rows(edges.rows) if edges else [],
+        link_rows=link_rows(codistilled.sites) if codistilled else [],
         num_edges_left_out=len(edges.edges) - len(edges.rows) if edges else 0,
         configuration_text=configuration_text,
         versions=dict(versions),
@@ -122,23 +131,9 @@ def _rows(summary: Summary) -> list[dict[str, Any]]:
     ]
 
 
-def _edge_rows(edges: EdgeResults | None) -> list[list[str]]:
-    return [
-        [
-            edge.teacher,
-            edge.student,
-            byte_count(edge.num_bytes),
-            str(edge.num_versions),
-            number(edge.mean_staleness_steps, 1),
-            str(edge.max_staleness_steps),
-        ]
-        for edge in (edges.rows if edges else ())
-    ]
-
-
-def _versions_picture(arms: Sequence[ArmResult], edges: EdgeResults | None) -> Markup:
-    figure = staleness_over_time(edges, figures.site_colours(arms)) if edges else None
-    return Markup(figures.to_svg(figure, "versions") if figure else "")
+def _timeline_adds_something(arm: ArmResult) -> bool:
+    """Of few sites that nothing befell, the picture of the teachers' age tells the same."""
+    return len(arm.sites) > MAX_PANELS or any(history.faults for history in arm.sites.values())
 
 
 def _models(summary: Summary) -> str:
@@ -153,8 +148,8 @@ def _models(summary: Summary) -> str:
 
 
 def _pictures(arms: Sequence[ArmResult], summary: Summary) -> dict[str, Markup]:
-    drawn = {"learning_curves": figures.learning_curves(arms, summary), "ages": None, "traffic": None}
+    drawn = {"learning_curves": learning_curves(arms, summary), "ages": None, "traffic": None}
     if any(arm.kind == "codistilled" for arm in arms):
-        drawn |= {"ages": figures.staleness_and_lag(arms), "traffic": figures.traffic(arms, summary)}
+        drawn |= {"ages": staleness_and_lag(arms), "traffic": traffic(arms, summary)}
     # matplotlib escapes the text that it writes into SVG.
     return {name: Markup(figures.to_svg(figure, name) if figure else "") for name, figure in drawn.items()}

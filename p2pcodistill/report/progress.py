@@ -5,25 +5,34 @@ Text that peers may have had a hand in is stripped of control characters here, b
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from p2pcodistill.report.history import TeacherTracker, TrafficTotals, read_event
-from p2pcodistill.report.table import byte_count
-from p2pcodistill.telemetry import (
-    Evaluated,
-    Event,
-    FaultInjected,
+from p2pcodistill.report.links import link_sentence, rate_mbit
+from p2pcodistill.report.summary import reasons_in_words
+from p2pcodistill.report.table import ABSENT, byte_count
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.node_events import (
     FramePublished,
     GroupExited,
     GroupStarted,
+    LinkMeasured,
     NodeStarted,
     NodeStopped,
     NodeStopping,
     PeerConnected,
     PeerDisconnected,
-    Record,
+    PeerQuarantined,
+    PeerRecovered,
+    PeerSuspected,
     Refused,
+)
+from p2pcodistill.telemetry.records import Record
+from p2pcodistill.telemetry.simulation_events import FaultInjected, SyntheticMeasured
+from p2pcodistill.telemetry.training_events import (
+    Evaluated,
     StepMeasured,
     TeacherRefused,
     TrainingEnded,
@@ -37,6 +46,7 @@ State: TypeAlias = Literal[
     "restarting",
     "stopping",
     "serving",
+    "simulating",
     "finished",
     "stopped",
     "killed",
@@ -63,10 +73,19 @@ class Progress:
     steps_per_s: float | None = None
     neighbours: tuple[str, ...] = ()
     connected_peers: set[str] = field(default_factory=set)
-    num_refusals: int = 0
+    suspected_peers: dict[str, float] = field(default_factory=dict)
+    """Those with a session that do not answer, and for how many seconds they had not when that was noticed."""
+    links: dict[str, LinkMeasured] = field(default_factory=dict)
+    """The last measurement of the link with each peer."""
+    synthetic: SyntheticMeasured | None = None
+    """Of a whole simulation without training, in place of a site."""
+    refusals: Counter[str] = field(default_factory=Counter)
+    """How many, by their reason."""
     last_refusal: str | None = None
     num_faults: int = 0
     last_fault: str | None = None
+    _quarantines: dict[str, tuple[float, PeerQuarantined]] = field(default_factory=dict)
+    _time_s: float = 0.0
     _newest_version: tuple[int, int] | None = None
     _num_fp16_bytes: int = 0
     _num_frame_bytes: int = 0
@@ -80,6 +99,7 @@ class Progress:
             event = read_event(record)
         except ValueError:
             return None
+        self._time_s = max(self._time_s, float(record.get("time_unix_s") or 0.0))
         self._teachers.update(event)
         self._traffic.update(event)
         match event:
@@ -87,6 +107,9 @@ class Progress:
                 self.state = "starting"
                 self.neighbours = tuple(event.neighbours)
                 self.connected_peers.clear()
+                self.suspected_peers.clear()
+                self.links.clear()
+                self._quarantines.clear()
             case NodeStopping():
                 self.state = "stopping"
             case NodeStopped():
@@ -96,6 +119,15 @@ class Progress:
                 self.connected_peers.add(event.peer)
             case PeerDisconnected():
                 self.connected_peers.discard(event.peer)
+                self.suspected_peers.pop(event.peer, None)
+            case PeerSuspected():
+                self.suspected_peers[event.peer] = event.silent_s
+            case PeerRecovered():
+                self.suspected_peers.pop(event.peer, None)
+            case PeerQuarantined():
+                self._quarantines[event.peer] = self._time_s + event.duration_s, event
+            case LinkMeasured():
+                self.links[event.peer] = event
             case GroupStarted():
                 self.state = "starting"
             case GroupExited():
@@ -123,16 +155,20 @@ class Progress:
             case FaultInjected():
                 self.num_faults += 1
                 factor = "" if event.factor is None else f" by {event.factor:g}"
-                self.last_fault = printable(f"{event.kind}{factor} at step {event.step}")
-                if event.kind == "kill":
+                whom = "" if self.synthetic is None else f" of {event.site}"
+                self.last_fault = printable(f"{event.kind}{whom}{factor} at step {event.step}")
+                if event.ends_node and self.synthetic is None:
                     self.state = "killed"
                     self.connected_peers.clear()
+            case SyntheticMeasured():
+                self.state = "simulating"
+                self.step, self.num_steps, self.synthetic = event.step, event.num_steps, event
             case Refused():
                 who = f"from {event.peer}: " if event.peer else ""
-                self._refuse(f"{event.reason}: {who}{event.why}", event.num_times)
+                self._refuse(event.reason, f"{who}{event.why}", event.num_times)
             case TeacherRefused():
                 self._refuse(
-                    f"{event.reason}: teacher {event.teacher} of step {event.teacher_step}: {event.why}"
+                    event.reason, f"teacher {event.teacher} of step {event.teacher_step}: {event.why}"
                 )
         return event
 
@@ -149,9 +185,25 @@ class Progress:
             self._num_fp16_bytes += event.num_fp16_bytes
             self._num_frame_bytes += event.num_bytes
 
-    def _refuse(self, sentence: str, num_times: int = 1) -> None:
-        self.num_refusals += num_times
-        self.last_refusal = printable(sentence)
+    def _refuse(self, reason: str, why: str, num_times: int = 1) -> None:
+        self.refusals[reason] += num_times
+        self.last_refusal = printable(f"{reason}: {why}")
+
+    @property
+    def num_refusals(self) -> int:
+        """All that was refused so far."""
+        return self.refusals.total()
+
+    @property
+    def quarantined_peers(self) -> dict[str, str]:
+        """Why, for each peer that is not listened to now."""
+        return {
+            peer: printable(
+                f"for {event.duration_s:g} s, after {event.num_refusals} refusals, the last of them {event.reason}"
+            )
+            for peer, (until_s, event) in self._quarantines.items()
+            if self._time_s < until_s
+        }
 
     @property
     def staleness_steps(self) -> dict[str, int]:
@@ -166,7 +218,7 @@ class Progress:
     @property
     def num_bytes_sent(self) -> int:
         """Bytes sent over all lives of the node."""
-        return self._traffic.num_bytes_sent
+        return self.synthetic.num_bytes_sent if self.synthetic else self._traffic.num_bytes_sent
 
     @property
     def num_bytes_received(self) -> int:
@@ -215,16 +267,49 @@ def describe(progress: Progress) -> str:
             for teacher, steps in progress.staleness_steps.items()
         ]
         parts.append(f"{len(progress.connected_peers)}/{len(progress.neighbours)} peers")
+    if progress.synthetic is not None:
+        if progress.synthetic.mean_staleness_steps is not None:
+            parts.append(f"teachers {synthetic_staleness(progress.synthetic)} steps stale")
+        parts += describe_synthetic(progress.synthetic)
     if progress.num_bytes_sent or progress.num_bytes_received:
         parts.append(f"sent {byte_count(progress.num_bytes_sent)}")
-        parts.append(f"received {byte_count(progress.num_bytes_received)}")
+        if progress.synthetic is None:
+            parts.append(f"received {byte_count(progress.num_bytes_received)}")
     if progress.frame_ratio is not None:
         parts.append(f"{progress.frame_ratio:.1f} times smaller than fp16")
     if progress.state == "training" and progress.steps_per_s is not None:
         parts.append(f"{progress.steps_per_s:.1f} steps/s")
     if progress.time_left_s is not None:
         parts.append(f"{duration(progress.time_left_s)} left")
+    if progress.links and progress.state not in ENDED:
+        link = min(progress.links.values(), key=rate_mbit)
+        thinnest = "link" if len(progress.links) == 1 else "thinnest link"
+        parts.append(f"{thinnest} to {link.peer}: {link_sentence(link)}")
     return ", ".join(parts)
+
+
+def describe_synthetic(measured: SyntheticMeasured) -> list[str]:
+    """How far knowledge and checkpoints have come in a simulation without training."""
+    parts = []
+    if measured.num_sites_up < measured.num_sites:
+        parts.append(f"{measured.num_sites_up} sites up")
+    parts.append(f"{100 * measured.known_ratio:.0f} % of all pairs of sites know of each other")
+    parts.append(f"{measured.num_deliveries:,} versions delivered")
+    return parts
+
+
+def synthetic_staleness(measured: SyntheticMeasured) -> str:
+    """The mean over edges, and the most; a dash where there is none."""
+    if measured.mean_staleness_steps is None:
+        return ABSENT
+    return f"{measured.mean_staleness_steps:.0f}, at most {measured.max_staleness_steps}"
+
+
+def refusals_in_words(refusals: Counter[str]) -> str:
+    """How many, and of which reasons where there are several."""
+    if len(refusals) < 2:
+        return str(refusals.total())
+    return printable(f"{refusals.total()} ({reasons_in_words(refusals)})")
 
 
 def duration(seconds: float) -> str:

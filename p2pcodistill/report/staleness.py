@@ -14,15 +14,11 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from p2pcodistill.report.history import read_event
-from p2pcodistill.telemetry import (
-    Event,
-    FaultInjected,
-    FramePublished,
-    NodeStopped,
-    Record,
-    TeacherSwapped,
-    TrainingEnded,
-)
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.node_events import FramePublished, NodeStopped
+from p2pcodistill.telemetry.records import Record
+from p2pcodistill.telemetry.simulation_events import FaultInjected
+from p2pcodistill.telemetry.training_events import TeacherSwapped, TrainingEnded
 
 Edge: TypeAlias = tuple[str, str]
 """(teacher, student)."""
@@ -103,7 +99,7 @@ class StalenessTracker:
                 known.num_versions += 1
             self._edges_to.setdefault(site, {})[event.teacher] = known
             self._move(known, event.teacher, time_s)
-        elif isinstance(event, _ENDS) and (not isinstance(event, FaultInjected) or event.kind == "kill"):
+        elif isinstance(event, _ENDS) and (not isinstance(event, FaultInjected) or event.ends_node):
             for edge in self._edges_to.get(site, {}).values():
                 self._end(edge, time_s)
 

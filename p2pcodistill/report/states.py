@@ -10,7 +10,6 @@ from matplotlib.lines import Line2D
 
 from p2pcodistill.report import figures
 from p2pcodistill.report.history import SiteHistory
-from p2pcodistill.report.summary import ArmResult
 from p2pcodistill.report.table import ABSENT
 from p2pcodistill.topology.drawing import MAX_NAMED_SITES, draw_topology
 from p2pcodistill.topology.graph import Topology
@@ -28,6 +27,8 @@ COLOURS: dict[State, str] = {
 }
 MIN_SITES = 3
 """Of a pair, a drawing says nothing."""
+MAX_DRAWN_SITES = 256
+MAX_DRAWN_EDGES = 1024
 MAX_ROWS = 200
 """Sites in the table of a report; of a larger run, those first that did not simply finish."""
 
@@ -43,11 +44,16 @@ def state_of(history: SiteHistory) -> State:
     return ends.get(lives[-1], "not finished") if lives else "not finished"
 
 
-def states_picture(topology: Topology, arm: ArmResult) -> Figure | None:
-    """`topology`, with all edges that it ever has, and its sites as `arm` left them; None for fewer than MIN_SITES."""
-    if len(topology.members) < MIN_SITES:
+def states_picture(topology: Topology, sites: Mapping[str, SiteHistory]) -> Figure | None:
+    """`topology`, with all edges that it ever has, and its sites as their histories left them.
+
+    None where that would say nothing, or could not be made out: for fewer than MIN_SITES, more than MAX_DRAWN_SITES or more
+    than MAX_DRAWN_EDGES.
+    """
+    num_edges = sum(len(topology.teachers_of(member)) for member in topology.members)
+    if not MIN_SITES <= len(topology.members) <= MAX_DRAWN_SITES or num_edges > MAX_DRAWN_EDGES:
         return None
-    states = {site: state_of(arm.sites[site]) for site in topology.members}
+    states = {site: state_of(sites[site]) for site in topology.members}
     with figures.style():
         size = 5.2 if len(topology.members) <= MAX_NAMED_SITES // 4 else 7.0
         figure, (axes,) = figures.new_figure(size + 1.6, size)
@@ -72,10 +78,10 @@ def states_picture(topology: Topology, arm: ArmResult) -> Figure | None:
         return figure
 
 
-def state_rows(arm: ArmResult) -> list[list[str]]:
+def state_rows(histories: Mapping[str, SiteHistory]) -> list[list[str]]:
     """A row for each site, at most MAX_ROWS: its name, state, steps, stalest teacher in the end, and faults."""
-    sites = sorted(arm.sites.items(), key=lambda item: state_of(item[1]) == "finished")
-    shown = arm.sites.items() if len(sites) <= MAX_ROWS else sites[:MAX_ROWS]
+    sites = sorted(histories.items(), key=lambda item: state_of(item[1]) == "finished")
+    shown = histories.items() if len(sites) <= MAX_ROWS else sites[:MAX_ROWS]
     return [
         [site, state_of(history), str(history.num_steps), _stalest(history), _faults(history)]
         for site, history in shown

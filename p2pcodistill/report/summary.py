@@ -11,14 +11,20 @@ Of several arms of one kind, the first is compared: arms that differ in what the
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from p2pcodistill.report.history import SiteHistory
+from p2pcodistill.report.peers import PeerHistory
 
-Kind: TypeAlias = Literal["codistilled", "alone", "pooled"]
+Kind: TypeAlias = str
+"""That of an arm, as its scenario says."""
 KINDS: tuple[Kind, ...] = ("codistilled", "alone", "pooled")
+"""What the headline compares."""
+POOLED_SITE = "pooled"
+"""The site of arms that have one model for all data."""
 Summary: TypeAlias = dict[str, Any]
 
 HEADLINES = (
@@ -222,6 +228,9 @@ def _arm_summary(arm: ArmResult, compared: Sequence[ArmResult], num_steps: int) 
                 "mean_lag_steps": history.mean_lag_steps,
                 "exchange_stall_ratio": history.exchange_stall_ratio,
                 "num_refusals": history.num_refusals,
+                "num_refusals_by_reason": dict(history.refusals),
+                "bytes_relayed_by_origin": dict(history.num_bytes_relayed),
+                "peers": {name: _peer_summary(peer) for name, peer in history.peers.items()},
                 "num_gatings_by_teacher": dict(history.num_gatings),
                 "num_expiries_by_teacher": dict(history.num_expiries),
                 "num_faults": len(history.faults),
@@ -261,9 +270,21 @@ def _notes(summary: Summary, arms: Sequence[ArmResult], num_steps: int) -> list[
             for teacher, count in history.num_expiries.items():
                 notes.append(f"{name} did not learn from {count} version(s) of {teacher}: over a limit.")
             if history.num_refusals:
+                told = f" ({reasons_in_words(history.refusals)})" if history.refusals else ""
                 notes.append(
-                    f"{name} refused {history.num_refusals} thing(s) that arrived; its events say which and why."
+                    f"{name} refused {history.num_refusals} thing(s) that arrived{told}; its events say why."
                 )
+            for peer, about in history.peers.items():
+                if about.num_quarantines:
+                    notes.append(
+                        f"{name} did not listen to {peer} for a while, {about.num_quarantines} time(s): it kept sending "
+                        "what was refused."
+                    )
+                if about.num_suspicions:
+                    notes.append(
+                        f"{name} got no answer from {peer} for a while, {about.num_suspicions} time(s), although they were "
+                        "connected."
+                    )
     for arm in arms:
         baseline_loss = _baseline_loss(_compared(arms), arm.seed, num_steps)
         for site, history in arm.sites.items():
@@ -278,6 +299,24 @@ def _notes(summary: Summary, arms: Sequence[ArmResult], num_steps: int) -> list[
             "there is no gap that could be closed."
         )
     return notes
+
+
+def reasons_in_words(refusals: Counter[str]) -> str:
+    """How many of each reason, the most frequent first."""
+    return ", ".join(f"{count} {reason}" for reason, count in refusals.most_common())
+
+
+def _peer_summary(peer: PeerHistory) -> dict[str, Any]:
+    return {
+        "upload_mbit": peer.upload_mbit,
+        "download_mbit": peer.download_mbit,
+        "round_trip_ms": peer.round_trip_ms,
+        "num_connection_losses": peer.num_connection_losses,
+        "max_queued_bytes": peer.max_queued_bytes,
+        "num_refusals": peer.num_refusals,
+        "num_quarantines": peer.num_quarantines,
+        "num_suspicions": peer.num_suspicions,
+    }
 
 
 def seeds_without_gap(summary: Summary) -> list[int]:

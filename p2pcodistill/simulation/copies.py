@@ -36,13 +36,15 @@ from p2pcodistill.codistill.codistiller import Codistiller
 from p2pcodistill.codistill.gate import Criterion
 from p2pcodistill.codistill.teachers import Forward
 from p2pcodistill.config import CodistillationConfig, FramesConfig
-from p2pcodistill.group.train import Join, random_states, restore_random_states
-from p2pcodistill.simulation.faults import absentees
-from p2pcodistill.simulation.scenario import FaultConfig
+from p2pcodistill.group.randomness import random_states, restore_random_states
+from p2pcodistill.group.train import Join
+from p2pcodistill.simulation.fault_config import FaultConfig
+from p2pcodistill.simulation.faults import absentees, impostor_of
 from p2pcodistill.simulation.virtual.clock import VirtualClock
 from p2pcodistill.simulation.virtual.exchange import VirtualExchange
 from p2pcodistill.simulation.virtual.run import Shapes, VirtualRun, VirtualSettings
-from p2pcodistill.simulation.virtual.site import OnEvent, VirtualSite
+from p2pcodistill.simulation.virtual.site import VirtualSite
+from p2pcodistill.simulation.virtual.surroundings import OnEvent
 from p2pcodistill.topology.graph import Topology
 
 _CPU = torch.device("cpu")
@@ -58,15 +60,18 @@ class Student(Protocol):
 MakeStudent = Callable[[str, Join], Student]
 """(site, join) -> the student of that site. `join(model)` makes its codistiller, and is to be called once.
 
-A student that is to survive faults saves what it needs by itself, and goes on from it when it is made again."""
+A student that is to survive faults saves what it needs by itself, and goes on from it when it is made again. The site may be
+an `impostor_of` one, whose disk is another."""
 
 
 class Copies:
     """The students of all members of `topology`, in virtual time. For one use: make it, `run` it, look at its students.
 
-    A step takes `step_time_s`, for all or by site. `shapes` has the links that are not perfect (see `simulation.links`),
-    `faults` what is to go wrong. `on_event` gets all that the sites report, as (virtual seconds, site, event). Each student
-    has random states of torch and Python of its own, which `settings.seed` and its site's name decide.
+    A step takes `step_time_s`, for all or by site, or what that, called with the site, draws for its next step. `shapes`
+    has the links that are not perfect (see `simulation.links`), `faults` what is to go wrong. `on_event` gets all that
+    the sites report, as (virtual seconds, site, event). `forget` removes what the student of a site saved, when a new
+    machine takes its place. Each student has random states of torch and Python of its own, which `settings.seed` and its
+    site's name decide.
     """
 
     def __init__(
@@ -76,13 +81,14 @@ class Copies:
         *,
         codistillation: CodistillationConfig | None = None,
         frames: FramesConfig | None = None,
-        step_time_s: float | Mapping[str, float] = 0.1,
+        step_time_s: float | Mapping[str, float] | Callable[[str], float] = 0.1,
         name: str = "run",
         settings: VirtualSettings | None = None,
         shapes: Shapes | None = None,
         faults: Sequence[FaultConfig] = (),
         on_event: OnEvent = lambda _time_s, _site, _event: None,
         on_fault: Callable[[float, FaultConfig], None] = lambda _time_s, _fault: None,
+        forget: Callable[[str], None] = lambda _site: None,
     ) -> None:
         self.network = VirtualRun(
             topology,
@@ -95,21 +101,25 @@ class Copies:
         )
         absent = absentees(faults)
         self._expected = [member for member in topology.members if member not in absent]
-        self._ranks = {
-            member: _TrainingRanks(
+
+        def ranks_of(site: VirtualSite, student: str) -> _TrainingRanks:
+            site.ranks = _TrainingRanks(
                 site,
+                student,
                 topology,
                 make_student,
+                forget,
                 codistillation or CodistillationConfig(),
                 frames or FramesConfig(),
-                step_time_s if isinstance(step_time_s, int | float) else step_time_s[member],
+                _step_times(step_time_s, site.name),
                 self.network.clock,
-                seed=_seed_of(self.network.settings.seed, member),
+                seed=_seed_of(self.network.settings.seed, student),
             )
-            for member, site in self.network.sites.items()
-        }
-        for member, ranks in self._ranks.items():
-            self.network.sites[member].ranks = ranks
+            return site.ranks
+
+        self._ranks = {member: ranks_of(site, member) for member, site in self.network.sites.items()}
+        for member, site in self.network.impostors.items():
+            ranks_of(site, impostor_of(member))
 
     @property
     def now_s(self) -> float:
@@ -134,6 +144,16 @@ class Copies:
         return all(self._ranks[member].has_finished for member in self._expected)
 
 
+def _step_times(
+    step_time_s: float | Mapping[str, float] | Callable[[str], float], site: str
+) -> Callable[[], float]:
+    if isinstance(step_time_s, int | float):
+        return lambda: step_time_s
+    if isinstance(step_time_s, Mapping):
+        return lambda: step_time_s[site]
+    return lambda: step_time_s(site)
+
+
 def _seed_of(seed: int, site: str) -> int:
     return int.from_bytes(hashlib.sha256(f"p2pcodistill-copies/{seed}/{site}".encode()).digest()[:4], "big")
 
@@ -144,16 +164,19 @@ class _TrainingRanks:
     def __init__(
         self,
         site: VirtualSite,
+        student: str,
         topology: Topology,
         make_student: MakeStudent,
+        forget: Callable[[str], None],
         codistillation: CodistillationConfig,
         frames: FramesConfig,
-        step_time_s: float,
+        step_time_s: Callable[[], float],
         clock: VirtualClock,
         *,
         seed: int,
     ) -> None:
-        self._site, self._topology, self._make_student = site, topology, make_student
+        self._site, self._name, self._topology = site, student, topology
+        self._make_student, self._forget = make_student, forget
         self._codistillation, self._frames = codistillation, frames
         self._step_time_s, self._clock, self._seed = step_time_s, clock, seed
         self._factor = 1.0
@@ -180,7 +203,7 @@ class _TrainingRanks:
         self._exchange.ruin = self._ruin
         torch.manual_seed(self._seed)
         random.seed(self._seed)
-        self.student = self._make_student(self._site.name, self._join)
+        self.student = self._make_student(self._name, self._join)
         self._random_states = random_states(_CPU)
         self._wait()
 
@@ -205,6 +228,10 @@ class _TrainingRanks:
         """See `virtual.ranks.Ranks`."""
         if self._exchange is not None:
             self._exchange.make_keyframe()
+
+    def forget(self) -> None:
+        """See `virtual.ranks.Ranks`."""
+        self._forget(self._name)
 
     def slow_down(self, factor: float) -> None:
         """See `virtual.ranks.Ranks`. The step that is being made takes the time that it was given."""
@@ -233,7 +260,7 @@ class _TrainingRanks:
         return self._codistiller
 
     def _wait(self) -> None:
-        self._clock.call_later(self._step_time_s * self._factor, self._update, self._launch)
+        self._clock.call_later(self._step_time_s() * self._factor, self._update, self._launch)
 
     def _update(self, launch: int) -> None:
         if launch != self._launch or self.student is None:

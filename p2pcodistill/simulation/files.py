@@ -5,9 +5,13 @@
   topology.<suffix>          the graph file, if the scenario names one; of several topology-2.<suffix> and so on
   data/held-out.txt          what every site of every arm is evaluated on
   data/<site>.txt            what the site trains on
+  data/vocabulary.json       the word pieces of all sites, if they use some
+  data/unlabelled.txt        text without labels, if arms may distil on such
   <arm>-seed<k>/nodes/       <site>.toml and <site>.key, with which `p2pcodistill node` runs the site
   <arm>-seed<k>/<site>/      the run folder of the node
+  <arm>-seed<k>/pooled/workers/  the members or workers of an arm that has one site for all
   <arm>-seed<k>/simulator.jsonl  what was done to sites and links, as events
+  search/, search.json       of a scenario that searches: its trials, in a run folder of their own, and the choice
   summary.json, report.html  the result
 <run root>/latest            symbolic link to the newest of these
 """
@@ -17,7 +21,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,36 +31,26 @@ from typing import Any, TypeAlias
 import tomli_w
 
 from p2pcodistill.config import NodeConfig, PeerConfig
-from p2pcodistill.errors import DataError, RunFolderError
+from p2pcodistill.errors import RunFolderError
 from p2pcodistill.identity import Identity
-from p2pcodistill.simulation.jobs import Job, SiteRun
-from p2pcodistill.simulation.scenario import ARM_SECTIONS, DECIDED_BY_SIMULATION, ScenarioConfig
-from p2pcodistill.tasks.text import (
-    SiteText,
-    require_enough_text,
-    split_text,
-    standard_library_files,
-    text_files,
+from p2pcodistill.simulation.data import ScenarioData, task_of_site
+from p2pcodistill.simulation.jobs import Job, SiteRun, seeded_training
+from p2pcodistill.simulation.scenario import (
+    ARM_SECTIONS,
+    DATA_KEYS_OF_TEXT,
+    DECIDED_BY_SIMULATION,
+    ScenarioConfig,
 )
+from p2pcodistill.simulation.synthetic_config import TRAINING_TABLES
 from p2pcodistill.topology.build import files_of, map_files
 
 LATEST_LINK = "latest"
 SCENARIO_FILE = "scenario.toml"
-_DATA_FOLDER = "data"
-_HELD_OUT_FILE = "held-out.txt"
 _SIMULATOR_EVENTS_FILE = "simulator.jsonl"
 _LOOPBACK = "127.0.0.1"
 
 Dialled: TypeAlias = Callable[[str, str, str], str | None]
 """(site, peer, address at which the peer listens) -> address that the site is told, None for none."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScenarioText:
-    """The text of a scenario: held-out, and what each site trains on."""
-
-    held_out: bytes
-    shards: dict[str, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,60 +70,6 @@ class NodeFiles:
     def log(self) -> Path:
         """What the node prints."""
         return self.run_folder / "node.log"
-
-
-# --- text --------------------------------------------------------------------------------------------------------
-
-
-def split_data(scenario: ScenarioConfig) -> ScenarioText:
-    """The text of `scenario`, deterministically: one split of the common text, or one of each site's own.
-
-    Raises DataError where text is missing or too short for any site to train on.
-    """
-    names, data = scenario.site_names, scenario.data
-    if scenario.sites[0].data:
-        # Held-out text of all sites alike, or the model of a site would be judged on its own kind of text only.
-        splits = [
-            split_text(
-                text_files(site.data),
-                num_shards=1,
-                max_shard_bytes=data.max_bytes_per_site,
-                max_held_out_bytes=max(1, data.max_held_out_bytes // len(names)),
-            )
-            for site in scenario.sites
-        ]
-        held_out = b"".join(_well_formed(split.held_out) for split in splits)
-        shards = tuple(split.shards[0] for split in splits)
-    else:
-        split = split_text(
-            text_files(data.paths) if data.paths else standard_library_files(),
-            num_shards=len(names),
-            max_shard_bytes=data.max_bytes_per_site,
-            max_held_out_bytes=data.max_held_out_bytes,
-        )
-        held_out, shards = split.held_out, split.shards
-    text = ScenarioText(
-        _well_formed(held_out), {name: _well_formed(shard) for name, shard in zip(names, shards, strict=True)}
-    )
-    for site in scenario.sites:
-        task = scenario.task.model_copy(update={"data": site.data or data.paths})
-        try:
-            require_enough_text(
-                SiteText(text.shards[site.name], text.held_out),
-                task,
-                batch_size=scenario.training.batch_size,
-                num_ranks=scenario.group.num_ranks,
-            )
-        except DataError as error:
-            raise DataError(f"the site {site.name}: {error}") from None
-    return text
-
-
-def _well_formed(text: bytes) -> bytes:
-    """`text` such that a reader of text files takes it to the byte: UTF-8, last line ended, no longer than before."""
-    # A split inside a very long line may cut a character, and what was cut off at its maximum has a torn last line.
-    characters = text.decode(errors="ignore")
-    return (characters if characters.endswith("\n") else characters[:-1] + "\n").encode()
 
 
 # --- the run folder ----------------------------------------------------------------------------------------------
@@ -167,27 +107,20 @@ def point_latest(folder: Path) -> None:
         ) from None
 
 
-def write_scenario(scenario: ScenarioConfig, text: ScenarioText, folder: Path) -> ScenarioConfig:
-    """Write the scenario and its text into the run folder; returns the scenario that runs from there.
+def write_scenario(scenario: ScenarioConfig, data: ScenarioData, folder: Path) -> ScenarioConfig:
+    """Write the scenario and its data into the run folder; returns the scenario that runs from there.
 
     Topology files are copied, so that the folder says all there is to the run.
     """
     copies: dict[str, str] = {}
-    for path in dict.fromkeys(files_of(scenario.topology)):
+    for path in dict.fromkeys(path for spec in scenario.topologies() for path in files_of(spec)):
         number = f"-{len(copies) + 1}" if copies else ""
         copies[path] = f"topology{number}{Path(path).suffix}"
         shutil.copyfile(path, folder / copies[path])
-    as_written = scenario.model_copy(update={"topology": map_files(scenario.topology, copies.__getitem__)})
-    scenario = scenario.model_copy(
-        update={"topology": map_files(scenario.topology, lambda path: str(folder / copies[path]))}
-    )
+    as_written = scenario.with_topology_files(copies.__getitem__)
     (folder / SCENARIO_FILE).write_text(scenario_toml(as_written))
-    data_folder = folder / _DATA_FOLDER
-    data_folder.mkdir()
-    (data_folder / _HELD_OUT_FILE).write_bytes(text.held_out)
-    for name, shard in text.shards.items():
-        (data_folder / f"{name}.txt").write_bytes(shard)
-    return scenario
+    data.write(folder)
+    return scenario.with_topology_files(lambda path: str(folder / copies[path]))
 
 
 def scenario_toml(scenario: ScenarioConfig) -> str:
@@ -195,14 +128,25 @@ def scenario_toml(scenario: ScenarioConfig) -> str:
     table = scenario.model_dump(mode="json", exclude_none=True)
     for section, key in DECIDED_BY_SIMULATION:
         table[section].pop(key, None)
+    if scenario.task.name != "language-model":
+        for key in DATA_KEYS_OF_TEXT:
+            table["data"].pop(key, None)
     for arm, entry in zip(scenario.arms, table["arms"], strict=True):
         for section in ARM_SECTIONS:
             if (own := getattr(arm, section)) is not None:  # only what it sets otherwise than the scenario
                 entry[section] = own.model_dump(mode="json", exclude_unset=True)
+        for section in ("training", "task"):
+            if not entry[section]:
+                del entry[section]
     if "num_threads" not in scenario.group.model_fields_set:
         del table["group"]["num_threads"]
     if scenario.mode != "virtual":
         del table["virtual"]
+    if scenario.num_sites is not None:
+        del table["sites"]
+    if scenario.synthetic is not None:
+        for key in TRAINING_TABLES:
+            del table[key]
     return _toml(table)
 
 
@@ -244,18 +188,23 @@ def loopback(port: int) -> str:
 
 
 def write_node_files(
-    job: Job, scenario: ScenarioConfig, folder: Path, *, ports: list[int], dialled: Dialled | None = None
+    job: Job,
+    scenario: ScenarioConfig,
+    folder: Path,
+    *,
+    addresses: Sequence[str],
+    dialled: Dialled | None = None,
 ) -> list[NodeFiles]:
     """Write identity and node file of each of the job's sites, and make their run folders.
 
-    `scenario` is the one that `write_scenario` returned; `ports` has one for each site. `dialled` decides where each site
-    is told that its peers are; by default, where they listen.
+    `scenario` is the one that `write_scenario` returned; `addresses` has one for each site to listen at. `dialled` decides
+    where each site is told that its peers are; by default, where they listen.
     """
     files = node_files(job, folder)
     identities = [Identity.generate() for _ in job.sites]
     members = [
-        PeerConfig(name=site.name, public_identity=str(identity.public), address=loopback(port))
-        for site, identity, port in zip(job.sites, identities, ports, strict=True)
+        PeerConfig(name=site.name, public_identity=str(identity.public), address=address)
+        for site, identity, address in zip(job.sites, identities, addresses, strict=True)
     ]
     for site, identity, place in zip(job.sites, identities, files, strict=True):
         place.run_folder.mkdir(parents=True)
@@ -264,6 +213,12 @@ def write_node_files(
         config = _node_config(site, members, job, scenario, folder, dialled)
         place.node_file.write_text(_toml(config.model_dump(mode="json", exclude_none=True)))
     return files
+
+
+def _device(scenario: ScenarioConfig) -> str:
+    """In virtual time, where many jobs run beside each other, a GPU has to be asked for."""
+    is_cpu = scenario.mode == "virtual" and scenario.group.device == "auto"
+    return "cpu" if is_cpu else scenario.group.device
 
 
 def _node_config(
@@ -275,13 +230,13 @@ def _node_config(
     dialled: Dialled | None,
 ) -> NodeConfig:
     def told(member: PeerConfig) -> PeerConfig:
-        if dialled is None:
-            return member
-        return member.model_copy(update={"address": dialled(site.name, member.name, str(member.address))})
+        address = member.address if dialled is None else dialled(site.name, member.name, str(member.address))
+        mbit = scenario.max_upload_mbit(site.name, member.name)
+        return member.model_copy(update={"address": address, "max_upload_mbit": mbit})
 
     # Paths are relative to the node's file, so that the whole run folder can be moved.
     up = Path("..", "..")
-    data = up / _DATA_FOLDER
+    scenario = scenario.of_arm(job.arm)
     return NodeConfig(
         name=site.name,
         run=job.run,
@@ -291,15 +246,10 @@ def _node_config(
         topology=map_files(scenario.topology, lambda path: str(up / Path(path).name)),
         peers=tuple(told(member) for member in members if member.name != site.name),
         members=tuple(member.name for member in members),
-        group=scenario.group.model_copy(update={"num_threads": job.num_threads}),
-        task=scenario.task.model_copy(
-            update={
-                "data": tuple(data / f"{shard}.txt" for shard in site.shards),
-                "held_out": (data / _HELD_OUT_FILE,),
-                "max_held_out_bytes": (folder / _DATA_FOLDER / _HELD_OUT_FILE).stat().st_size,
-            }
-        ),
-        training=scenario.training.model_copy(update={"seed": job.seed}),
-        codistillation=scenario.codistillation_of(job.arm),
-        frames=scenario.frames_of(job.arm),
+        max_upload_mbit=next((s.max_upload_mbit for s in scenario.sites if s.name == site.name), None),
+        group=scenario.group.model_copy(update={"num_threads": job.num_threads, "device": _device(scenario)}),
+        task=task_of_site(scenario, site.shards, folder, up),
+        training=seeded_training(scenario.training, job.arm, job.seed),
+        codistillation=scenario.codistillation,
+        frames=scenario.frames,
     )

@@ -1,8 +1,8 @@
-"""Which node processes a scenario needs, in which order they start, and how many threads each gets. Pure functions.
+"""Which jobs a scenario needs, in which order they start, and how many threads each gets. Pure functions.
 
-A job is what must run at the same time: all sites of a codistilled arm, or a single site of the other arms. Jobs are placed
-on the cores by list scheduling, widest and then longest first. The number of threads is part of the plan, from estimated
-durations, so that two runs on machines with equally many cores compute the same.
+A job is what must run at the same time: all sites of an arm whose sites have to do with each other, or a single site. Jobs
+are placed on the cores by list scheduling, widest and then longest first. The number of threads is part of the plan, from
+estimated durations, so that two runs on machines with equally many cores compute the same.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from p2pcodistill.simulation.scenario import POOLED_SITE, ArmConfig, ScenarioConfig
+from p2pcodistill.config import TrainingConfig
+from p2pcodistill.simulation.arm_config import ArmConfig
+from p2pcodistill.simulation.arms.kinds import POOLED_SITE
+from p2pcodistill.simulation.scenario import ScenarioConfig
 from p2pcodistill.topology.build import build_topology
 
 MAX_PLANNED_THREADS = 4
@@ -68,23 +71,55 @@ def make_jobs(scenario: ScenarioConfig) -> list[Job]:
     A lone site has exactly the name (hence the initialisation and order) and the data that it has in a codistilled arm.
     """
     names = scenario.site_names
-    topology = build_topology(scenario.topology, names)
-    max_teachers = max(len(table) for name in names for table in topology.schedule_of(name))
     jobs = []
     for seed in scenario.seeds:
-        sites = tuple(SiteRun(name, (name,)) for name in names)
         for arm in scenario.arms:
-            if arm.kind == "codistilled":
-                parts, cost = [sites], 1 + _TEACHER_COST * max_teachers
-            elif arm.kind == "alone":
-                parts, cost = [(site,) for site in sites], 1.0
-            else:
-                parts, cost = [(SiteRun(POOLED_SITE, names),)], 1.0
+            sites = tuple(SiteRun(name, scenario.shards_of(arm, name)) for name in names)
+            match arm.of_kind.sites:
+                case "together":
+                    parts = [sites]
+                case "apart":
+                    parts = [(site,) for site in sites]
+                case "one":
+                    parts = [(SiteRun(POOLED_SITE, names),)]
+            cost = _cost(scenario, arm)
             jobs += [
                 Job(arm, seed, part, scenario.group.num_ranks, scenario.group.num_threads, cost)
                 for part in parts
             ]
     return jobs
+
+
+def _cost(scenario: ScenarioConfig, arm: ArmConfig) -> float:
+    names = scenario.site_names
+    if arm.of_kind.module is not None:  # all in one process
+        return float(len(names))
+    if arm.kind != "codistilled":
+        return 1.0
+    topology = build_topology(arm.topology or scenario.topology, names)
+    max_teachers = max(len(table) for name in names for table in topology.schedule_of(name))
+    return 1 + _TEACHER_COST * max_teachers
+
+
+def seeded_training(training: TrainingConfig, arm: ArmConfig, seed: int) -> TrainingConfig:
+    """`training` of the arm under one seed of the scenario. Each site then makes its own of it (`TrainingConfig.of_site`).
+
+    Where a site has several workers but one model, its batch is that of all.
+    """
+    initialisation = arm.initialisation or ("same" if arm.of_kind.starts_alike else None)
+    initialisation_seed = training.initialisation_seed
+    if initialisation == "same" and initialisation_seed is None:
+        initialisation_seed = seed
+    elif initialisation == "different":
+        initialisation_seed = None
+    num_workers = arm.num_workers if arm.of_kind.module is None and arm.num_workers is not None else 1
+    return training.model_copy(
+        update={
+            "seed": seed,
+            "initialisation_seed": initialisation_seed,
+            "batch_size": training.batch_size * num_workers,
+        }
+    )
 
 
 def startable(waiting: Sequence[Job], *, num_free_cores: int, num_cores: int) -> list[Job]:

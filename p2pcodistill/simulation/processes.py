@@ -8,49 +8,31 @@ Nodes are started so that they die with this process, too.
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
-import json
 import os
-import platform
 import signal
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
-from rich.console import Console
-
-from p2pcodistill.errors import GroupError
-from p2pcodistill.report.history import SiteHistory
+from p2pcodistill.errors import ConfigError, GroupError
 from p2pcodistill.report.live import make_view
-from p2pcodistill.report.summary import ArmResult, summarise
-from p2pcodistill.report.table import table
-from p2pcodistill.simulation.files import (
-    SCENARIO_FILE,
-    NodeFiles,
-    create_run_folder,
-    node_files,
-    point_latest,
-    simulator_events,
-    split_data,
-    write_scenario,
-)
-from p2pcodistill.simulation.job_run import JobRun, OnRecord, expected_to_finish, failure
+from p2pcodistill.simulation.data import prepare_data
+from p2pcodistill.simulation.files import create_run_folder, point_latest, write_scenario
+from p2pcodistill.simulation.job_run import JobRun, OnRecord
 from p2pcodistill.simulation.jobs import Job, make_jobs, plan, startable
+from p2pcodistill.simulation.namespaces import remove_leftovers, require_namespaces
+from p2pcodistill.simulation.outcome import read_results, report
 from p2pcodistill.simulation.scenario import ScenarioConfig, load_scenario
+from p2pcodistill.simulation.search import SEARCH_FOLDER, choose, describe_choice, search_scenario
 from p2pcodistill.simulation.virtual.jobs import VirtualJobs
-from p2pcodistill.telemetry import EventTail, Record
-from p2pcodistill.topology.build import build_topology
-
-if TYPE_CHECKING:
-    from p2pcodistill.report.edges import EdgeResults
+from p2pcodistill.telemetry.records import Record
 
 NODE_COMMAND = (sys.executable, "-m", "p2pcodistill", "node")
 # Beyond the time that a node gives its workers to stop.
 STOP_MARGIN_S = 15.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_MIN_TABLE_WIDTH = 100
 
 
 def simulate(
@@ -61,78 +43,88 @@ def simulate(
     run_root: Path,
     stream: TextIO,
     node_command: Sequence[str] = NODE_COMMAND,
+    in_namespaces: bool = False,
 ) -> int:
     """Run the scenario in the file `path` and report on `stream`; the exit status: 0, or 128 + signal when stopped.
 
     Everything is kept in a new folder below `run_root` (see `simulation/files.py`). `data` replaces the scenario's text,
-    `overrides` are `key=value` assignments. `node_command` runs a node when its file is appended. To be called from the main
+    `overrides` are `key=value` assignments. `in_namespaces`: sites of codistilled arms get a network namespace and an
+    address each (Linux, root). `node_command` runs a node when its file is appended. To be called from the main
     thread: SIGINT and SIGTERM stop the nodes in order, a second one at once. No process is left when this returns.
 
-    Raises ConfigError, TopologyError, DataError or RunFolderError before anything is started, and GroupError when a node
-    fails, after all others have been stopped.
+    Raises ConfigError, TopologyError, DataError, NamespaceError or RunFolderError before anything is started, and GroupError
+    when a node fails, after all others have been stopped.
     """
     scenario = load_scenario(path, overrides, data=data)
-    text = split_data(scenario)
+    if in_namespaces:
+        if scenario.mode == "virtual":
+            raise ConfigError('--namespaces is for mode = "processes": sites in virtual time have no network')
+        require_namespaces()
+        remove_leftovers()
+    prepared = prepare_data(scenario)
     folder = create_run_folder(run_root, scenario.name, datetime.now())
-    scenario = write_scenario(scenario, text, folder)
     point_latest(folder)
     num_cores = available_cores()
-    jobs = plan(
-        make_jobs(scenario), num_cores=num_cores, widen="num_threads" not in scenario.group.model_fields_set
-    )
 
-    with make_view(scenario.title, stream) as view:
+    def run(scenario: ScenarioConfig, folder: Path, title: str) -> signal.Signals | None:
+        return _run_jobs(
+            scenario,
+            folder,
+            title,
+            num_cores=num_cores,
+            stream=stream,
+            node_command=node_command,
+            in_namespaces=in_namespaces,
+        )
+
+    stopped_by = None
+    if scenario.search is not None:
+        trials_folder = folder / SEARCH_FOLDER
+        trials_folder.mkdir()
+        trials = write_scenario(search_scenario(scenario), prepared, trials_folder)
+        stopped_by = run(trials, trials_folder, f"{scenario.title}: search")
+        if stopped_by is None:
+            scenario = choose(scenario, read_results(trials, trials_folder), folder)
+            print("\n".join(describe_choice(folder)), file=stream)
+    if stopped_by is None:
+        scenario = write_scenario(scenario, prepared, folder)
+        stopped_by = run(scenario, folder, scenario.title)
+    if stopped_by is not None:
+        print(f"stopped by {stopped_by.name}; what was written until then is in {folder}", file=stream)
+        return 128 + stopped_by
+
+    report(scenario, folder, num_cores, stream)
+    return 0
+
+
+def _run_jobs(
+    scenario: ScenarioConfig,
+    folder: Path,
+    title: str,
+    *,
+    num_cores: int,
+    stream: TextIO,
+    node_command: Sequence[str],
+    in_namespaces: bool,
+) -> signal.Signals | None:
+    """Run all jobs of the scenario that was written into `folder`; the signal that stopped them, if one did."""
+    is_widened = scenario.synthetic is None and "num_threads" not in scenario.group.model_fields_set
+    jobs = plan(make_jobs(scenario), num_cores=num_cores, widen=is_widened)
+    with make_view(title, stream) as view:
 
         def on_record(job: Job, site: str, record: Record) -> None:
             view.update(_label(job, scenario), site, record)
 
         if scenario.mode == "virtual":
-            stopped_by = VirtualJobs(scenario, folder, on_record=on_record).run(jobs, num_cores=num_cores)
-        else:
-            nodes = NodeProcesses(scenario, folder, node_command=node_command, on_record=on_record)
-            stopped_by = asyncio.run(nodes.run(jobs, num_cores=num_cores))
-    if stopped_by is not None:
-        print(f"stopped by {stopped_by.name}; what was written until then is in {folder}", file=stream)
-        return 128 + stopped_by
-
-    _report(scenario, folder, num_cores, stream)
-    return 0
-
-
-def _report(scenario: ScenarioConfig, folder: Path, num_cores: int, stream: TextIO) -> None:
-    # Late: drawing takes a second to import, and nodes need not wait for it.
-    from p2pcodistill.report.html import write_report
-
-    arms = read_results(scenario, folder)
-    summary = summarise(scenario.name, arms, scenario.training.num_steps)
-    summary_path, report_path = folder / "summary.json", folder / "report.html"
-    summary_path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_report(
-        report_path,
-        title=scenario.title,
-        summary=summary,
-        arms=arms,
-        configuration_text=(folder / SCENARIO_FILE).read_text(),
-        versions=versions(num_cores),
-        edges=_read_edges(scenario, folder),
-        topology=build_topology(scenario.topology, scenario.site_names),
-    )
-    console = Console(file=stream)
-    console.width = max(console.width, _MIN_TABLE_WIDTH)
-    console.print(table(summary))
-    print(f"summary: {summary_path}\nreport:  {report_path}", file=stream)
-
-
-def _read_edges(scenario: ScenarioConfig, folder: Path) -> EdgeResults | None:
-    """What happened between the sites of the first codistilled arm under the first seed; None if there is none."""
-    from p2pcodistill.report.edges import EdgeResults
-
-    job = next((job for job in make_jobs(scenario) if job.arm.kind == "codistilled"), None)
-    if job is None:
-        return None
-    return EdgeResults.of(
-        {place.site: _read_records(job, place, folder) for place in node_files(job, folder)}
-    )
+            return VirtualJobs(scenario, folder, on_record=on_record).run(jobs, num_cores=num_cores)
+        nodes = NodeProcesses(
+            scenario,
+            folder,
+            node_command=node_command,
+            on_record=on_record,
+            in_namespaces=in_namespaces,
+        )
+        return asyncio.run(nodes.run(jobs, num_cores=num_cores))
 
 
 def available_cores() -> int:
@@ -144,57 +136,23 @@ def available_cores() -> int:
     return num_cores
 
 
-def versions(num_cores: int) -> dict[str, str]:
-    """What the result was made with. Does not import torch."""
-    return {
-        "p2pcodistill": _version("p2pcodistill"),
-        "python": platform.python_version(),
-        "torch": _version("torch"),
-        "pyzmq": _version("pyzmq"),
-        "platform": platform.platform(),
-        "cores": str(num_cores),
-    }
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:  # run from the source folder
-        return "not installed"
-
-
 def _label(job: Job, scenario: ScenarioConfig) -> str:
     return job.arm.name if len(scenario.seeds) == 1 else f"{job.arm.name} seed {job.seed}"
-
-
-def read_results(scenario: ScenarioConfig, folder: Path) -> list[ArmResult]:
-    """What each arm came to under each seed, in the scenario's order, from the event logs.
-
-    Raises GroupError when a site has not finished its training that no fault has taken away.
-    """
-    arms: dict[str, ArmResult] = {}
-    for job in make_jobs(scenario):
-        arm = arms.setdefault(job.run, ArmResult(job.arm.name, job.arm.kind, job.seed, {}))
-        for place in node_files(job, folder):
-            history = SiteHistory.of(_read_records(job, place, folder))
-            if not history.finished and place.site in expected_to_finish(job, scenario):
-                raise GroupError(failure(job, place, "ended before its training was finished"))
-            arm.sites[place.site] = history
-    return list(arms.values())
-
-
-def _read_records(job: Job, place: NodeFiles, folder: Path) -> list[Record]:
-    """What a site told of itself, then what the simulator told of it."""
-    told = EventTail(simulator_events(job, folder)).read()
-    return [*EventTail(place.events).read(), *(r for r in told if r.get("site") == place.site)]
 
 
 class NodeProcesses:
     """The node processes of one simulation; for one use."""
 
     def __init__(
-        self, scenario: ScenarioConfig, folder: Path, *, node_command: Sequence[str], on_record: OnRecord
+        self,
+        scenario: ScenarioConfig,
+        folder: Path,
+        *,
+        node_command: Sequence[str],
+        on_record: OnRecord,
+        in_namespaces: bool = False,
     ) -> None:
+        self._in_namespaces = in_namespaces
         self._scenario = scenario
         self._folder = folder
         self._node_command = tuple(node_command)
@@ -253,6 +211,7 @@ class NodeProcesses:
                         node_command=self._node_command,
                         stop_timeout_s=self._scenario.group.stop_grace_s + STOP_MARGIN_S,
                         on_record=self._on_record,
+                        in_namespaces=self._in_namespaces,
                     )
                     self._runs.append(run)
                     num_cores_of[tasks.create_task(run.run())] = job.num_cores

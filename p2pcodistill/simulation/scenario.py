@@ -1,52 +1,64 @@
 """What a simulation runs: the strict model of a scenario file (`simulations/`), and the one way to load it.
 
 A scenario says which sites there are, what text they hold, who teaches whom, how they train, and which arms are compared
-under which seeds. Every arm runs the same model, batch, number of steps and schedule. Paths are relative to the folder of
-the file. Links and faults are those of the codistilled arms: lone sites and pooled data are what these are compared with.
+under which seeds. Every arm runs the same model, batch, number of steps and schedule, but for what it sets otherwise. Paths
+are relative to the folder of the file. Links and faults are those of the codistilled arms: lone sites and pooled data are
+what these are compared with.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from p2pcodistill.config import (
-    CodistillationConfig,
-    FramesConfig,
-    GroupConfig,
-    LanguageModelConfig,
-    NonNegativeFloat,
+from p2pcodistill.config import CodistillationConfig, FramesConfig, GroupConfig, TrainingConfig
+from p2pcodistill.errors import ConfigError, TopologyError
+from p2pcodistill.report.claim_config import ClaimConfig, check_claims
+from p2pcodistill.simulation.arm_config import ArmConfig, Label
+from p2pcodistill.simulation.arms.kinds import POOLED_SITE
+from p2pcodistill.simulation.fault_config import FaultConfig, require_order
+from p2pcodistill.simulation.scenario_tables import (
+    DataConfig,
+    LinkConfig,
+    ReportConfig,
+    SiteConfig,
+    VirtualConfig,
+)
+from p2pcodistill.simulation.search_config import SearchConfig, trial_arms
+from p2pcodistill.simulation.synthetic_config import (
+    MAX_SITES,
+    SyntheticConfig,
+    complete_table,
+    numbered_sites,
+)
+from p2pcodistill.strict import (
     NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    SiteName,
     StrictModel,
-    TrainingConfig,
     load_toml,
     override,
     parse_model,
 )
-from p2pcodistill.errors import ConfigError, TopologyError
-from p2pcodistill.topology.build import build_topology, map_files
+from p2pcodistill.task_configs import LanguageModelConfig, TaskConfig, entry_in
+from p2pcodistill.topology.build import build_topology, default_members, map_files
 
-POOLED_SITE = "pooled"
-MAX_SITES = 1000
 SCENARIO_FOLDER = Path("simulations")
 
 # Names that the run folder uses beside the sites' own.
 _RESERVED_SITE_NAMES = {
     POOLED_SITE: "the arm with pooled data",
     "held-out": "held-out text",
+    "unlabelled": "unlabelled text",
     "nodes": "node files",
 }
 DECIDED_BY_SIMULATION = {
     ("task", "data"): "list the text in data.paths, or in data of each of the [[sites]]",
-    ("task", "held_out"): "held-out text is split off the data; data.max_held_out_bytes limits it",
+    ("task", "held_out"): "list it in data.held_out, or have it split off the data",
+    ("task", "shards"): "every site gets its own part of the data",
+    ("task", "num_shards"): "there are as many as sites",
     ("task", "max_data_bytes"): "set data.max_bytes_per_site",
     ("task", "max_held_out_bytes"): "set data.max_held_out_bytes",
     (
@@ -57,124 +69,20 @@ DECIDED_BY_SIMULATION = {
     ("training", "seed"): "list seeds = [0] at the top, from which each site gets its own",
 }
 """(section, key) of what the simulation sets for each node, so that a scenario cannot; with what to write instead."""
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
+DATA_KEYS_OF_TEXT = ("max_bytes_per_site", "max_held_out_bytes", "vocabulary_size", "unlabelled")
+"""Keys of `[data]` that mean nothing for any task but the language model."""
 ARM_SECTIONS = ("codistillation", "frames")
-"""Tables of a scenario of which a codistilled arm can set keys otherwise."""
+"""Tables of an arm that say only what differs from the scenario's."""
 
 
-def _check_label(label: Any) -> Any:
-    # Labels name folders and are part of a run's name; a non-string is the model's to refuse.
-    if isinstance(label, str) and not _LABEL.fullmatch(label):
-        raise ValueError("use at most 40 letters, digits, '.', '_' or '-', starting with a letter or digit")
-    return label
-
-
-Label = Annotated[str, BeforeValidator(_check_label)]
 Section = TypeVar("Section", CodistillationConfig, FramesConfig)
-SitePair = Annotated[tuple[SiteName, ...], Field(min_length=2, max_length=2)]
 
 
-class SiteConfig(StrictModel):
-    """A site of the simulation."""
+class _Sections(StrictModel):
+    """What an arm can set otherwise by keys of its tables."""
 
-    name: SiteName
-    data: tuple[Path, ...] = ()
-    """Files or folders with this site's own text. Either every site lists some or none does; with none, `[data]` is split
-    between the sites."""
-
-
-class DataConfig(StrictModel):
-    """The text that the sites learn from, and how much of it."""
-
-    paths: tuple[Path, ...] = ()
-    """Files or folders of text, split by file into held-out text and one share a site; empty: the sources of the Python
-    standard library."""
-    max_bytes_per_site: PositiveInt = 500_000
-    max_held_out_bytes: PositiveInt = 32_768
-    """Held-out text that every site of every arm is evaluated on."""
-
-
-class ArmConfig(StrictModel):
-    """One of the things that are compared."""
-
-    name: Label
-    kind: Literal["codistilled", "alone", "pooled"]
-    """`codistilled`: the sites learn from each other along the topology. `alone`: each site on its own data, no peers.
-    `pooled`: one site with the data of all. Of several arms of one kind, the headline compares the first."""
-    codistillation: CodistillationConfig | None = None
-    """Keys of `[codistillation]` that differ in this codistilled arm."""
-    frames: FramesConfig | None = None
-    """Keys of `[frames]` that differ in this codistilled arm."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ArmConfig:
-        for section in ARM_SECTIONS:
-            if self.kind != "codistilled" and getattr(self, section) is not None:
-                raise ConfigError(
-                    f"the arm {self.name!r} is {self.kind}: remove its {section}, which only codistilled arms have"
-                )
-        return self
-
-
-class LinkConfig(StrictModel):
-    """What the connection between two sites can carry, in each direction."""
-
-    between: SitePair
-    bandwidth_mbit: PositiveFloat | None = None
-    """Megabits per second; left out: unlimited."""
-    latency_ms: NonNegativeFloat = 0.0
-    """One-way delay."""
-    jitter_ms: NonNegativeFloat = 0.0
-    """Random part of the delay, uniform between 0 and this, on top of `latency_ms`."""
-    loss_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of packets that are lost and sent again."""
-    reset_interval_s: PositiveFloat | None = None
-    """The connection is cut (TCP reset) this often; left out: never."""
-
-
-class FaultConfig(StrictModel):
-    """Something that goes wrong, or is mended, during the run. Faults of one site happen in the order of the file."""
-
-    kind: Literal["kill", "restart", "partition", "heal", "slow-down", "corrupt", "join", "leave"]
-    """`kill`: kill -9 of the node. `restart`: start a killed or departed node again. `partition`: cut the sites off from all
-    others, until `heal`. `slow-down`: divide their speed by `factor`. `corrupt`: they publish ruined weights from now on
-    (in virtual time). `join`: they start only now. `leave`: they stop in order."""
-    sites: Annotated[tuple[SiteName, ...], Field(min_length=1)]
-    at_step: NonNegativeInt | None = None
-    """When the first of `sites` has completed this many steps (for `restart`, `heal` and `join`: the first of all sites)."""
-    at_s: NonNegativeFloat | None = None
-    """Seconds after the start of the arm."""
-    factor: PositiveFloat | None = None
-    """How many times slower than by itself a slowed site is; 1 takes it back."""
-
-    @model_validator(mode="after")
-    def _check(self) -> FaultConfig:
-        if (self.at_step is None) == (self.at_s is None):
-            raise ValueError("a fault happens either at_step or at_s: set exactly one of them")
-        if (self.factor is None) == (self.kind == "slow-down"):
-            raise ValueError("factor belongs to the kind 'slow-down', and to no other")
-        if self.factor is not None and self.factor < 1:
-            raise ValueError("factor is how many times slower a site becomes: at least 1")
-        return self
-
-    @property
-    def when(self) -> str:
-        """For messages."""
-        return f"at step {self.at_step}" if self.at_step is not None else f"after {self.at_s:g} s"
-
-
-class VirtualConfig(StrictModel):
-    """What virtual time is made of, where `mode` is `virtual`."""
-
-    step_time_s: PositiveFloat = 0.1
-    """Virtual seconds that an update takes."""
-
-
-class ReportConfig(StrictModel):
-    """How the result is presented."""
-
-    title: str | None = None
-    """Heading of the live view and of the report; the scenario's name by default."""
+    training: TrainingConfig
+    task: TaskConfig
 
 
 class ScenarioConfig(StrictModel):
@@ -189,29 +97,90 @@ class ScenarioConfig(StrictModel):
     """Every arm runs once with each."""
     topology: str = "full"
     """Who teaches whom in the codistilled arms: a named graph or schedule, or a graph file, as in a node's file."""
+    num_sites: Annotated[int, Field(ge=2, le=MAX_SITES)] | None = None
+    """In place of `[[sites]]`: so many, called "0", "1" and so on. Without either, the topology says which there are."""
     sites: Annotated[tuple[SiteConfig, ...], Field(min_length=2, max_length=MAX_SITES)]
     arms: Annotated[tuple[ArmConfig, ...], Field(min_length=1)]
     data: DataConfig = DataConfig()
     group: GroupConfig = GroupConfig()
     """The workers of each site. Where `num_threads` is not set, jobs that would leave cores idle get more than one."""
-    task: LanguageModelConfig = LanguageModelConfig()
+    task: TaskConfig = LanguageModelConfig()
     training: TrainingConfig = TrainingConfig()
     codistillation: CodistillationConfig = CodistillationConfig()
     frames: FramesConfig = FramesConfig()
     links: tuple[LinkConfig, ...] = ()
     faults: tuple[FaultConfig, ...] = ()
     virtual: VirtualConfig = VirtualConfig()
+    synthetic: SyntheticConfig | None = None
+    """Nothing is trained: sites publish checkpoints of the size of a model's, in virtual time."""
+    search: SearchConfig | None = None
+    """Every arm gets the best of a grid of settings, chosen under a seed of its own, before the scenario runs."""
     report: ReportConfig = ReportConfig()
+    claims: tuple[ClaimConfig, ...] = ()
+    """What somebody says of the arms; the report says what was seen."""
 
     @property
     def site_names(self) -> tuple[str, ...]:
         """The sites in the order that every node uses."""
         return tuple(site.name for site in self.sites)
 
+    def max_upload_mbit(self, site: str, peer: str) -> float | None:
+        """What `site` may send to `peer`; None: as much as it can."""
+        listed = {frozenset(link.between): link for link in self.links if link.between != "all"}
+        of_all = next((link for link in self.links if link.between == "all"), None)
+        link = listed.get(frozenset((site, peer)), of_all)
+        return None if link is None else link.max_upload_mbit
+
     @property
     def title(self) -> str:
         """Heading of what is shown to a person."""
         return self.report.title or self.name
+
+    def of_arm(self, arm: ArmConfig) -> ScenarioConfig:
+        """The scenario as the arm wants it: with the keys of all tables that it sets, and its topology."""
+        return self.model_copy(
+            update={
+                "training": self.training_of(arm),
+                "task": self.task_of(arm),
+                "codistillation": self.codistillation_of(arm),
+                "frames": self.frames_of(arm),
+                "topology": arm.topology or self.topology,
+            }
+        )
+
+    def topologies(self) -> tuple[str, ...]:
+        """The scenario's, and those of arms that have another."""
+        return (self.topology, *(arm.topology for arm in self.arms if arm.topology is not None))
+
+    def with_topology_files(self, change: Callable[[str], str]) -> ScenarioConfig:
+        """The same with the path of every graph file changed."""
+        arms = [
+            arm.model_copy(update={"topology": arm.topology and map_files(arm.topology, change)})
+            for arm in self.arms
+        ]
+        return self.model_copy(update={"topology": map_files(self.topology, change), "arms": tuple(arms)})
+
+    def training_of(self, arm: ArmConfig) -> TrainingConfig:
+        """The scenario's, with the keys that the arm sets."""
+        return self._sections_of(arm).training
+
+    def task_of(self, arm: ArmConfig) -> TaskConfig:
+        """The scenario's, with the keys that the arm sets."""
+        return self._sections_of(arm).task
+
+    def shards_of(self, arm: ArmConfig, site: str) -> tuple[str, ...]:
+        """The sites whose data `site` trains on in that arm, where it has a model or a worker of its own."""
+        return self.site_names if (arm.sharing or self.data.sharing) == "same" else (site,)
+
+    def _sections_of(self, arm: ArmConfig) -> _Sections:
+        if not arm.training and not arm.task:
+            return _Sections(training=self.training, task=self.task)
+        tables = {
+            section: getattr(self, section).model_dump(mode="json", exclude_unset=True)
+            | getattr(arm, section)
+            for section in ("training", "task")
+        }
+        return parse_model(_Sections, tables, source=f"the arm {arm.name!r}")
 
     def codistillation_of(self, arm: ArmConfig) -> CodistillationConfig:
         """The scenario's, with the keys that the arm sets."""
@@ -221,8 +190,28 @@ class ScenarioConfig(StrictModel):
         """The scenario's, with the keys that the arm sets."""
         return _overridden(self.frames, arm.frames)
 
+    def _check_arm(self, arm: ArmConfig) -> None:
+        if self.mode != "virtual" and (arm.of_kind.module is not None or arm.num_workers is not None):
+            what = f"is {arm.kind}" if arm.of_kind.module is not None else "has num_workers"
+            raise ConfigError(f'the arm {arm.name!r} {what}, which is for mode = "virtual": set that')
+        for (section, key), instead in DECIDED_BY_SIMULATION.items():
+            if key in getattr(arm, section, {}):
+                raise ConfigError(
+                    f"the arm {arm.name!r}: {section}.{key} is decided by the simulation: remove it; {instead}"
+                )
+        if "name" in arm.task:
+            raise ConfigError(f"the arm {arm.name!r}: all arms have the same task; remove its task.name")
+        if arm.num_members is not None and arm.num_members > len(self.sites):
+            raise ConfigError(
+                f"the arm {arm.name!r} wants an ensemble of {arm.num_members}, and there are {len(self.sites)} sites: "
+                "lower num_members, or add sites"
+            )
+        self._sections_of(arm)  # refuses what they cannot have
+
     @model_validator(mode="after")
     def _check(self) -> ScenarioConfig:
+        if self.synthetic is not None:
+            self.synthetic.require_versions()
         _refuse_repetition("site", self.site_names)
         _refuse_repetition("arm", [arm.name for arm in self.arms])
         _refuse_repetition("seed", self.seeds)
@@ -242,27 +231,55 @@ class ScenarioConfig(StrictModel):
             )
         if with_data and self.data.paths:
             raise ConfigError("data.paths and data of the [[sites]] exclude each other: remove one of them")
+        if self.task.name != "language-model":
+            for key in DATA_KEYS_OF_TEXT:
+                if key in self.data.model_fields_set:
+                    raise ConfigError(
+                        f"data.{key} is for text: remove it, or see what {self.task.name!r} has in [task]"
+                    )
+        elif self.data.vocabulary_size is not None and self.task.vocabulary is not None:
+            raise ConfigError(
+                "data.vocabulary_size and task.vocabulary exclude each other: remove one of them"
+            )
         if self.mode == "virtual":
-            if self.group.num_ranks > 1 or self.group.device == "cuda":
-                raise ConfigError(
-                    "in virtual time each site is one rank on the CPU: remove group.num_ranks and group.device"
-                )
+            if self.group.num_ranks > 1:
+                raise ConfigError("in virtual time each site is one rank: remove group.num_ranks")
         elif "virtual" in self.model_fields_set:
             raise ConfigError('[virtual] is for mode = "virtual": set that, or remove the table')
-        elif any(fault.kind == "corrupt" for fault in self.faults):
-            raise ConfigError(
-                'the fault "corrupt" is for mode = "virtual": set that; real nodes publish what they train'
-            )
+        for arm in self.arms:
+            self._check_arm(arm)
+        if self.search is not None:
+            if self.synthetic is not None:
+                raise ConfigError("nothing is trained where there is [synthetic]: remove 'search'")
+            self.search.check(self.arms, self.seeds)
+            for trial, _, _ in trial_arms(self.search, self.arms).values():
+                self._check_arm(trial)
         if (self.links or self.faults) and all(arm.kind != "codistilled" for arm in self.arms):
             raise ConfigError("links and faults are those of codistilled arms: add one, or remove them")
-        _refuse_repetition("link between", [" and ".join(sorted(link.between)) for link in self.links])
-        of_links = [link.between for link in self.links]
-        for site in itertools.chain(*of_links, *[fault.sites for fault in self.faults]):
+        _refuse_repetition("link between", [link.name for link in self.links])
+        of_links = [link.between for link in self.links if link.between != "all"]
+        of_faults = [(*fault.sites, *fault.from_sites) for fault in self.faults]
+        for site in itertools.chain(*of_links, *of_faults):
             if site not in self.site_names:
                 raise ConfigError(f"{site!r} has a link or a fault, but is none of the [[sites]]")
+        check_claims(self.claims, {arm.name: arm.kind for arm in self.arms}, len(self.seeds))
         for site in self.site_names:
-            _require_order(site, [fault for fault in self.faults if site in fault.sites])
+            require_order(site, [fault for fault in self.faults if site in fault.sites])
         return self
+
+
+def _refuse_overlaps(scenario: ScenarioConfig) -> None:
+    """Raise ConfigError where two sites have data in common that is said to be disjoint. Paths are absolute."""
+    if all((arm.sharing or scenario.data.sharing) == "same" for arm in scenario.arms):
+        return
+    for one, other in itertools.combinations(scenario.sites, 2):
+        for path, others in itertools.product(one.data, other.data):
+            mine, theirs = path.resolve(), others.resolve()
+            if mine == theirs or mine in theirs.parents or theirs in mine.parents:
+                raise ConfigError(
+                    f"the sites {one.name!r} and {other.name!r} both have {path if theirs in mine.parents else others}, "
+                    'and their data is to be disjoint: give each its own, or set data.sharing = "same"'
+                )
 
 
 def _overridden(section: Section, own: Section | None) -> Section:
@@ -277,35 +294,6 @@ def _refuse_repetition(what: str, values: Sequence[object]) -> None:
             raise ConfigError(f"the {what} {value!r} is listed twice")
 
 
-def _require_order(site: str, faults: Sequence[FaultConfig]) -> None:
-    """Raise ConfigError unless each of the faults of `site` can happen after those before it."""
-    state = "absent" if any(fault.kind == "join" for fault in faults) else "up"
-    is_cut_off = False
-    for moments in (
-        [f.at_step for f in faults if f.at_step is not None],
-        [f.at_s for f in faults if f.at_s is not None],
-    ):
-        if moments != sorted(moments):
-            raise ConfigError(
-                f"list the faults of {site!r} in the order in which they happen: these begin at {moments}"
-            )
-    for fault in faults:
-        what = f"the fault {fault.kind!r} of {site!r} {fault.when}"
-        match fault.kind:
-            case "join" if state != "absent":
-                raise ConfigError(f"{what}: a site joins once; use restart after kill or leave")
-            case "restart" if state != "down":
-                raise ConfigError(f"{what}: it is not down by then; list its kill or leave before")
-            case "kill" | "leave" | "slow-down" | "corrupt" if state != "up":
-                raise ConfigError(f"{what}: it does not run by then; list its restart or join before")
-            case "partition" if is_cut_off:
-                raise ConfigError(f"{what}: it is cut off already; list its heal before")
-            case "heal" if not is_cut_off:
-                raise ConfigError(f"{what}: it is not cut off by then; list its partition before")
-        state = {"kill": "down", "leave": "down", "restart": "up", "join": "up"}.get(fault.kind, state)
-        is_cut_off = {"partition": True, "heal": False}.get(fault.kind, is_cut_off)
-
-
 def load_scenario(path: Path, overrides: Sequence[str] = (), *, data: Sequence[Path] = ()) -> ScenarioConfig:
     """The scenario in the file `path`, ready to run: paths absolute, topology fitting the sites.
 
@@ -315,15 +303,31 @@ def load_scenario(path: Path, overrides: Sequence[str] = (), *, data: Sequence[P
     if not path.exists():
         raise ConfigError(f"no such scenario file: {path}{_known_scenarios()}")
     table = override(load_toml(path), overrides)
+    if "sites" not in table and "num_sites" not in table:
+        table |= _sites_of_topology(table, path)
+    try:
+        table = complete_table(table)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     scenario = parse_model(ScenarioConfig, table, source=str(path))
     scenario = _resolve(scenario, path.parent.absolute())
+    if data and scenario.synthetic is not None:
+        raise ConfigError(f"{path}: nothing is trained where there is [synthetic]: leave out --data")
     if data:
-        scenario = _replace_data(scenario, tuple(given.absolute() for given in data))
+        scenario = _replace_data(scenario, tuple(entry_in(Path(), given) for given in data))
     try:
+        _refuse_overlaps(scenario)
         topology = build_topology(scenario.topology, scenario.site_names)
+        for arm in scenario.arms:
+            if arm.topology is not None:
+                build_topology(arm.topology, scenario.site_names)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except TopologyError as error:
         raise TopologyError(f"{path}: {error}") from None
     for link in scenario.links:
+        if link.between == "all":
+            continue
         first, second = link.between
         if second not in topology.neighbours_of(first):
             raise ConfigError(
@@ -331,6 +335,22 @@ def load_scenario(path: Path, overrides: Sequence[str] = (), *, data: Sequence[P
                 f"{scenario.topology!r}: remove it, or choose a topology that joins them"
             )
     return scenario
+
+
+def _sites_of_topology(table: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The sites that the topology itself speaks of. Raises ConfigError if it takes any number of them."""
+    spec = table.get("topology")
+    try:
+        members = default_members(spec, base_folder=path.parent) if isinstance(spec, str) else None
+    except TopologyError as error:
+        raise TopologyError(f"{path}: {error}") from None
+    if members is None:
+        raise ConfigError(
+            f"{path}: which sites are there? List [[sites]], set num_sites, or choose a topology that says it, like 'ring:8'"
+        )
+    if list(members) == numbered_sites(len(members)):
+        return {"num_sites": len(members)}
+    return {"sites": [{"name": member} for member in members]}
 
 
 def _known_scenarios() -> str:
@@ -342,13 +362,16 @@ def _known_scenarios() -> str:
 
 def _resolve(scenario: ScenarioConfig, base: Path) -> ScenarioConfig:
     def below(paths: Sequence[Path]) -> tuple[Path, ...]:
-        return tuple(base / path for path in paths)
+        return tuple(entry_in(base, path) for path in paths)
 
+    scenario = scenario.with_topology_files(lambda path: str(base / path))
     return scenario.model_copy(
         update={
-            "topology": map_files(scenario.topology, lambda path: str(base / path)),
             "sites": tuple(site.model_copy(update={"data": below(site.data)}) for site in scenario.sites),
-            "data": scenario.data.model_copy(update={"paths": below(scenario.data.paths)}),
+            "task": scenario.task.located_in(base),
+            "data": scenario.data.model_copy(
+                update={"paths": below(scenario.data.paths), "held_out": below(scenario.data.held_out)}
+            ),
         }
     )
 

@@ -12,7 +12,7 @@ import asyncio
 import random
 import socket
 import struct
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from p2pcodistill.transport.base import split_address
 
 if TYPE_CHECKING:
-    from p2pcodistill.simulation.scenario import LinkConfig
+    from p2pcodistill.simulation.scenario_tables import LinkConfig
 
 PACKET_BYTES = 1460
 """What is lost together, and the largest segment on a link of limited bandwidth."""
@@ -137,12 +137,22 @@ class ShapedLink:
 
     Open and close it once, within one event loop. `shape` is that of the way to the target, `back` that of the way from it:
     the same by default. `seed` decides jitter and losses. `num_bytes_forwarded` counts both directions, `num_cuts`
-    connections that were reset, by order or every `reset_interval_s` of `shape`.
+    connections that were reset, by order or every `reset_interval_s` of `shape`, `num_swallowed` what a black hole kept from
+    arriving: pieces, and attempts to connect.
     """
 
     def __init__(
-        self, target: str, shape: LinkShape, *, back: LinkShape | None = None, seed: int = 0
+        self,
+        target: str,
+        shape: LinkShape,
+        *,
+        back: LinkShape | None = None,
+        seed: int = 0,
+        make_near: Callable[[], socket.socket] = socket.socket,
+        make_far: Callable[[], socket.socket] = socket.socket,
     ) -> None:
+        """`make_near` makes the socket that listens, on loopback, `make_far` those that connect to the target."""
+        self._make_near, self._make_far = make_near, make_far
         self._target = split_address(target)
         self._reset_interval_s = shape.reset_interval_s
         rng = random.Random(seed)
@@ -155,6 +165,7 @@ class ShapedLink:
         self._is_lit = asyncio.Event()
         self._is_lit.set()
         self.num_cuts = 0
+        self.num_swallowed = 0
 
     @property
     def num_bytes_forwarded(self) -> int:
@@ -163,7 +174,7 @@ class ShapedLink:
 
     async def open(self) -> str:
         """Begin to relay; the address to dial instead of the target's."""
-        listener = self._listener = socket.socket()
+        listener = self._listener = self._make_near()
         _prepare(listener, reads=self._there.shape, writes=self._back.shape)
         listener.bind(("127.0.0.1", 0))
         listener.listen(128)
@@ -236,14 +247,14 @@ class ShapedLink:
 
     async def _relay(self, near: socket.socket) -> None:
         """One connection, until both ends have closed it or one is gone; then, or when cancelled, none is left of it."""
-        far = socket.socket()
+        far = self._make_far()
         is_clean = False
         try:
             near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _prepare(far, reads=self._back.shape, writes=self._there.shape)
             far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await asyncio.sleep(self._there.shape.delay_s + self._back.shape.delay_s)  # TCP's handshake
-            await self._is_lit.wait()
+            await self._light()
             await asyncio.get_running_loop().sock_connect(far, self._target)
             async with asyncio.TaskGroup() as both:
                 there = both.create_task(self._forward(near, far, self._there))
@@ -257,6 +268,11 @@ class ShapedLink:
                     end.close()
                 else:
                     _reset(end)
+
+    async def _light(self) -> None:
+        """Wait until nothing is swallowed any more."""
+        self.num_swallowed += not self._is_lit.is_set()
+        await self._is_lit.wait()
 
     async def _forward(self, source: socket.socket, sink: socket.socket, direction: Direction) -> bool:
         """One direction of a connection, until its end; False when the sink was gone before.
@@ -303,7 +319,7 @@ class ShapedLink:
             arrival_s, data = await on_the_way.get()
             try:
                 await asyncio.sleep(max(0.0, arrival_s - loop.time()))
-                await self._is_lit.wait()
+                await self._light()
                 if data is None:
                     raise ConnectionResetError("the source was reset")
                 if not data:

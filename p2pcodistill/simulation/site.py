@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import psutil
@@ -24,10 +24,21 @@ _LOOK_INTERVAL_S = 0.5
 class SiteProcess:
     """One site's node, one life at a time. `is_expected_to_end`: the present or last life was ended from here."""
 
-    def __init__(self, place: NodeFiles, *, node_command: Sequence[str], stop_timeout_s: float) -> None:
+    def __init__(
+        self,
+        place: NodeFiles,
+        *,
+        node_command: Sequence[str],
+        stop_timeout_s: float,
+        environment: Mapping[str, str] | None = None,
+        command_prefix: Sequence[str] = (),
+    ) -> None:
+        """`environment` is added to this process's own; `command_prefix` goes before every command and becomes it."""
         self.place = place
         self._node_command = tuple(node_command)
         self._stop_timeout_s = stop_timeout_s
+        self._command_prefix = tuple(command_prefix)
+        self._environment = dict(environment or {})
         self._process: asyncio.subprocess.Process | None = None
         self.is_expected_to_end = False
 
@@ -36,21 +47,22 @@ class SiteProcess:
         """Whether its node lives."""
         return self._process is not None and self._process.returncode is None
 
-    async def start(self) -> None:
-        """Begin a life."""
+    async def start(self, command: Sequence[str] | None = None) -> None:
+        """Begin a life: with `command`, if it is given, in the place of the node's own."""
         self.is_expected_to_end = False
         with self.place.log.open("ab") as log:
             # Forked in this thread, which lives as long as the process does: Linux ties a child's parent-death signal to
             # the thread that made it.
             self._process = await asyncio.create_subprocess_exec(
-                *self._node_command,
+                *self._command_prefix,
+                *(command or self._node_command),
                 "--die-with-parent",
                 str(os.getpid()),
                 str(self.place.node_file.absolute()),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                env=os.environ | self._environment | {"PYTHONUNBUFFERED": "1"},
                 start_new_session=True,  # the terminal's Ctrl-C is for this process, which passes it on in order
             )
 

@@ -1,120 +1,88 @@
-"""The language-model task: a byte-level LSTM after the paper's language model (Anil et al. 2018, section 3.1).
+"""The language-model task, after the paper's (Anil et al. 2018, section 3.1): its model, its batches, its evaluation.
 
 As there, a batch is one window from each of B documents, the hidden state is carried from window to window and never reset,
-and back-propagation is truncated at the window. A document is a contiguous part of the site's text.
+and back-propagation is truncated at the window. A document is a contiguous part of the site's text. A transformer carries no
+state: it sees the window alone.
 
-Axes of tensors: B documents (streams), T bytes of a window, V byte values, L layers, H hidden units.
+Axes of tensors: B documents (streams), T tokens of a window, V tokens of the vocabulary, N predictions, C = V.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from p2pcodistill.config import GroupSpec, LanguageModelConfig
-from p2pcodistill.tasks.text import load_site_text, require_enough_text
+from p2pcodistill.config import GroupSpec
+from p2pcodistill.errors import ConfigError
+from p2pcodistill.group.task import MAX_PREDICTIONS, Evaluation, Predictions
+from p2pcodistill.task_configs import LanguageModelConfig
+from p2pcodistill.tasks.hugging_face import make_hugging_face_model
+from p2pcodistill.tasks.language_data import LanguageData
+from p2pcodistill.tasks.recurrent import LayerNormLSTMModel, LSTMModel
+from p2pcodistill.tasks.transformer import TransformerModel
+from p2pcodistill.tasks.vocabulary import Vocabulary, keep_vocabulary, load_vocabulary
 
-NUM_BYTE_VALUES = 256
 MAX_EVALUATION_STREAMS = 16
+MAX_PREDICTION_BYTES = 64 << 20
+"""Of the probabilities that `predict` returns: over a large vocabulary, these are fewer than `MAX_PREDICTIONS` rows."""
 _MIN_WINDOWS_PER_EVALUATION_STREAM = 8
-
-Hidden: TypeAlias = tuple[Tensor, Tensor]
-"""The LSTM's (h_LBH, c_LBH)."""
+_VOCABULARY_FILE = "vocabulary.json"
 
 
-class ByteLSTM(nn.Module):
-    """Embedding, LSTM, linear read-out: predicts each next byte. 938,240 parameters as configured by default."""
+def make_language_model(config: LanguageModelConfig, vocabulary: Vocabulary) -> nn.Module:
+    """The model that `config` describes, from torch's random state; called as `model(tokens_BT, state)`.
 
-    def __init__(self, config: LanguageModelConfig) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(NUM_BYTE_VALUES, config.embedding_size)
-        self.lstm = nn.LSTM(config.embedding_size, config.hidden_size, config.num_layers, batch_first=True)
-        self.readout = nn.Linear(config.hidden_size, NUM_BYTE_VALUES)
-
-    def forward(self, bytes_BT: Tensor, hidden: Hidden | None = None) -> tuple[Tensor, Hidden]:
-        """(logits_BTV, hidden) after the bytes, from `hidden` before them (None: zeros)."""
-        features_BTH, hidden = self.lstm(self.embedding(bytes_BT), hidden)
-        logits_BTV: Tensor = self.readout(features_BTH)
-        return logits_BTV, hidden
-
-
-class ByteStreams:
-    """Endless windows of B contiguous streams, which are rank `rank`'s share of `num_ranks` x B streams over a text.
-
-    In each epoch the text, seen as a ring, is cut into equal parts from a random origin, and the parts are dealt to the
-    streams in random order; both depend on the seed alone. What is left of a part behind its last whole window is
-    left out of that epoch.
+    Over word pieces it carries the vocabulary's digest, in the name of a buffer, which belongs to its schema: a teacher with
+    another vocabulary is refused by name, and a file of its weights tells what its tokens mean. Raises ConfigError.
     """
-
-    def __init__(
-        self, text: bytes, *, batch_size: int, window_bytes: int, seed: int, rank: int, num_ranks: int
-    ) -> None:
-        self._text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        self._num_streams = batch_size * num_ranks
-        self._own_streams = slice(rank * batch_size, (rank + 1) * batch_size)
-        self._part_bytes = len(text) // self._num_streams
-        self._num_windows = (self._part_bytes - 1) // window_bytes
-        self._offsets = torch.arange(window_bytes + 1)
-        self._seed = seed
-        self._epoch, self._window = 0, 0
-        self._starts_B = self._deal(0)
-
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        """(inputs_BT, targets_BT): the targets are the inputs' next bytes."""
-        if self._window == self._num_windows:
-            self._epoch, self._window = self._epoch + 1, 0
-            self._starts_B = self._deal(self._epoch)
-        position = self._window * (len(self._offsets) - 1)
-        self._window += 1
-        windows = self._text[(self._starts_B[:, None] + position + self._offsets) % len(self._text)].long()
-        return windows[:, :-1], windows[:, 1:]
-
-    def state_dict(self) -> dict[str, int]:
-        """The position in the data."""
-        return {"epoch": self._epoch, "window": self._window}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
-        self._epoch, self._window = state["epoch"], state["window"]
-        self._starts_B = self._deal(self._epoch)
-
-    def _deal(self, epoch: int) -> Tensor:
-        """Where each of this rank's streams starts in the text."""
-        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
-        origin = torch.randint(len(self._text), (1,), generator=generator)
-        parts = torch.randperm(self._num_streams, generator=generator)[self._own_streams]
-        return (origin + parts * self._part_bytes) % len(self._text)
+    model: nn.Module
+    match config.model:
+        case "lstm":
+            model = LSTMModel(config, vocabulary.size)
+        case "layer-norm-lstm":
+            model = LayerNormLSTMModel(config, vocabulary.size)
+        case "transformer":
+            model = TransformerModel(config, vocabulary.size)
+        case "hugging-face":
+            model = make_hugging_face_model(config, vocabulary.size)
+    if vocabulary.digest is not None:
+        digest = torch.tensor(list(bytes.fromhex(vocabulary.digest)), dtype=torch.uint8)
+        model.register_buffer(f"vocabulary_{vocabulary.digest[:16]}", digest)
+    return model
 
 
 class LanguageModelTask:
-    """What the reference loop trains: implements `group.task.Task`."""
+    """What the reference loop trains: implements `group.task.Task`.
+
+    With `unlabelled` text, a batch has further rows behind the labelled ones, which have inputs and no targets: the student
+    agrees with its teachers on all rows, and learns from the labels of those that have some.
+    """
 
     def __init__(self, spec: GroupSpec, *, rank: int, num_ranks: int, device: torch.device) -> None:
-        """Read the site's text. Raises DataError when there is too little."""
-        self._config, self._device = spec.task, device
-        text = load_site_text(spec.task, shard_index=spec.shard_index, num_shards=spec.num_shards)
-        batch_size = spec.training.batch_size
-        require_enough_text(text, spec.task, batch_size=batch_size, num_ranks=num_ranks)
-        self._streams = ByteStreams(
-            text.train,
-            batch_size=batch_size,
-            window_bytes=spec.task.window_bytes,
-            seed=spec.training.seed,
-            rank=rank,
-            num_ranks=num_ranks,
-        )
-        self._held_out = torch.frombuffer(bytearray(text.held_out), dtype=torch.uint8)
+        """Read the site's text. Raises DataError when there is too little, ConfigError for a task of another name."""
+        config = spec.task
+        if not isinstance(config, LanguageModelConfig):
+            raise ConfigError(f"task.name is {config.name!r}: no language model")
+        self._config, self._device = config, device
+        self._vocabulary = load_vocabulary(config.vocabulary)
+        if config.vocabulary is not None and rank == 0:
+            keep_vocabulary(config.vocabulary, spec.model_path.with_name(_VOCABULARY_FILE))
+        self._data = LanguageData(config, spec.training, self._vocabulary, rank=rank, num_ranks=num_ranks)
 
     def make_model(self) -> nn.Module:
         """A new model, from torch's random state, on the task's device."""
-        return ByteLSTM(self._config).to(self._device)
+        return make_language_model(self._config, self._vocabulary).to(self._device)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """(inputs_BT, targets_BT) on the task's device."""
-        inputs_BT, targets_BT = self._streams.next_batch()
+        """(inputs_BT, targets_BT) on the task's device. Unlabelled rows are the last ones, and have no targets."""
+        inputs_BT, targets_BT = self._data.streams.next_batch()
+        if self._data.unlabelled is not None:
+            inputs_BT = torch.cat([inputs_BT, self._data.unlabelled.next_batch()[0]])
         return inputs_BT.to(self._device), targets_BT.to(self._device)
 
     def forward(self, model: nn.Module, inputs: Any, state: Any) -> tuple[Tensor, Any]:
@@ -123,31 +91,79 @@ class LanguageModelTask:
         return logits_BTV, hidden
 
     def loss(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean nats per byte, a float32 scalar."""
-        return functional.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten())
+        """Mean nats per token of the labelled rows, a float32 scalar."""
+        labelled_BTV = logits_BTV[: len(targets_BT)]
+        return functional.cross_entropy(labelled_BTV.float().flatten(0, 1), targets_BT.flatten())
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> float:
-        """Mean nats per byte on the held-out text, read as parallel streams in windows of the training length."""
-        window_bytes = self._config.window_bytes
-        num_streams = len(self._held_out) // (_MIN_WINDOWS_PER_EVALUATION_STREAM * window_bytes)
-        num_streams = max(1, min(MAX_EVALUATION_STREAMS, num_streams))
-        stream_bytes = len(self._held_out) // num_streams
-        text_BT = self._held_out[: num_streams * stream_bytes].view(num_streams, stream_bytes)
-        text_BT = text_BT.to(self._device).long()
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """Mean nats per token on the held-out text, read as parallel streams in windows of the training length.
+
+        Metrics: `bits_per_byte`, which does not depend on the vocabulary, and how much of its data the site has visited.
+        """
         sum_nats = torch.zeros((), dtype=torch.float64, device=self._device)
-        hidden = None
-        for start in range(0, stream_bytes - 1, window_bytes):
-            targets_BT = text_BT[:, start + 1 : start + 1 + window_bytes]
-            inputs_BT = text_BT[:, start : start + targets_BT.shape[1]]
-            logits_BTV, hidden = model(inputs_BT, hidden)
+        num_predictions = 0
+        for logits_BTV, targets_BT in self._read_held_out(model):
             sum_nats += self.loss(logits_BTV, targets_BT).double() * targets_BT.numel()
-        return float(sum_nats) / (num_streams * (stream_bytes - 1))
+            num_predictions += targets_BT.numel()
+        loss = float(sum_nats) / num_predictions
+        tokens_per_byte = len(self._data.held_out) / self._data.num_held_out_bytes
+        metrics = {"bits_per_byte": loss / math.log(2) * tokens_per_byte}
+        return Evaluation(loss, metrics | self._data.streams.progress())
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module) -> Predictions:
+        """The next token's probabilities at positions of the held-out text that are spread evenly over it.
+
+        They are at most `MAX_PREDICTIONS`, and fewer where the probabilities would take more than `MAX_PREDICTION_BYTES`.
+        """
+        stream_tokens = self._held_out_BT.shape[1]
+        num_positions = self._held_out_BT.shape[0] * (stream_tokens - 1)
+        max_rows = max(1, min(MAX_PREDICTIONS, MAX_PREDICTION_BYTES // (4 * self._vocabulary.size)))
+        num_rows = min(max_rows, num_positions)
+        chosen_BT = torch.zeros(num_positions, dtype=torch.bool)
+        chosen_BT[torch.arange(num_rows) * num_positions // num_rows] = True
+        chosen_BT = chosen_BT.view(-1, stream_tokens - 1)
+        probabilities_NC: list[Tensor] = []
+        labels_N: list[Tensor] = []
+        start = 0
+        for logits_BTV, targets_BT in self._read_held_out(model):
+            end = start + targets_BT.shape[1]
+            in_window_BT = chosen_BT[:, start:end].to(self._device)
+            probabilities_NC.append(logits_BTV[in_window_BT].float().softmax(-1).cpu())
+            labels_N.append(targets_BT[in_window_BT].cpu())
+            start = end
+        return Predictions(torch.cat(probabilities_NC), torch.cat(labels_N))
+
+    @property
+    def _held_out_BT(self) -> Tensor:
+        """The held-out text as parallel streams, each of several windows where there is enough."""
+        held_out = self._data.held_out
+        num_streams = len(held_out) // (_MIN_WINDOWS_PER_EVALUATION_STREAM * self._config.window_tokens)
+        num_streams = max(1, min(MAX_EVALUATION_STREAMS, num_streams))
+        stream_tokens = len(held_out) // num_streams
+        return held_out[: num_streams * stream_tokens].view(num_streams, stream_tokens)
+
+    def _read_held_out(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """(logits_BTV, targets_BT) of one window of the held-out text after the other."""
+        window_tokens = self._config.window_tokens
+        text_BT = self._held_out_BT.to(self._device).long()
+        state = None
+        for start in range(0, text_BT.shape[1] - 1, window_tokens):
+            targets_BT = text_BT[:, start + 1 : start + 1 + window_tokens]
+            inputs_BT = text_BT[:, start : start + targets_BT.shape[1]]
+            logits_BTV, state = model(inputs_BT, state)
+            yield logits_BTV, targets_BT
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's position in its data."""
-        return self._streams.state_dict()
+        state = self._data.streams.state_dict()
+        if self._data.unlabelled is not None:
+            state = state | {"unlabelled": self._data.unlabelled.state_dict()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self._streams.load_state_dict(state)
+        self._data.streams.load_state_dict(state)
+        if self._data.unlabelled is not None:
+            self._data.unlabelled.load_state_dict(state["unlabelled"])

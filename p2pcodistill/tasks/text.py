@@ -1,9 +1,9 @@
-"""Text for the language model: which files, and how they become held-out text and one shard a site.
+"""Files of text for the language model: which ones, and how they become held-out text and one shard a site.
 
 Everything is deterministic and needs no randomness: files are ordered by the SHA-256 of their path relative
 to their common folder, which mixes them well and does not depend on the machine. Files are split as a whole,
-so that no file is both learnt from and evaluated on, nor seen by two sites; with fewer files than parts, byte
-ranges that end at line ends take their place.
+so that no file is both learnt from and evaluated on, nor seen by two sites; with fewer files than shards, or a
+single one, byte ranges that end at line ends take their place. What is held out does not depend on the shards.
 
 Text is UTF-8 without NUL bytes; in folders, other files are passed over.
 """
@@ -18,8 +18,8 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
-from p2pcodistill.config import LanguageModelConfig
 from p2pcodistill.errors import DataError
 
 _NEAR_COPIES = frozenset(
@@ -33,20 +33,26 @@ _MIN_PIECES = 16
 _HELD_OUT_SHARE = 8
 
 
-@dataclass(frozen=True)
+Documents: TypeAlias = tuple[bytes, ...]
+"""Texts in UTF-8 that stand for themselves: files, or pieces of them."""
+
+
+@dataclass(frozen=True, slots=True)
 class TextSplit:
-    """`held_out` is evaluated on by everyone; `shards` are disjoint, one a site."""
+    """`held_out_documents` are evaluated on by everyone; `shard_documents` are disjoint, one tuple a site."""
 
-    held_out: bytes
-    shards: tuple[bytes, ...]
+    held_out_documents: Documents
+    shard_documents: tuple[Documents, ...]
 
+    @property
+    def held_out(self) -> bytes:
+        """The held-out documents, joined."""
+        return b"".join(self.held_out_documents)
 
-@dataclass(frozen=True)
-class SiteText:
-    """What one site trains on and what it evaluates on."""
-
-    train: bytes
-    held_out: bytes
+    @property
+    def shards(self) -> tuple[bytes, ...]:
+        """The documents of each shard, joined."""
+        return tuple(map(b"".join, self.shard_documents))
 
 
 def standard_library_files() -> list[Path]:
@@ -101,69 +107,24 @@ def split_text(
 
     Raises DataError when there is not enough text for every part.
     """
-    num_parts = num_shards + (1 if max_held_out_bytes else 0)
-    if len(files) >= num_parts:
-        split = _split_by_file(_in_hash_order(files), num_shards, max_shard_bytes, max_held_out_bytes)
+    ordered = _in_hash_order(files)
+    held_out: Documents = ()
+    if max_held_out_bytes and len(ordered) > 1:
+        max_files = max(1, len(ordered) // _HELD_OUT_SHARE)
+        max_piece_bytes = -(-max_held_out_bytes // min(_MIN_PIECES, max_files))
+        held_out = _take_pieces(ordered[:max_files], max_held_out_bytes, max_piece_bytes)
+        ordered = ordered[len(held_out) :]
+    if len(ordered) >= num_shards and (held_out or not max_held_out_bytes):
+        dealt = (ordered[index::num_shards] for index in range(num_shards))
+        split = TextSplit(held_out, tuple(_take_shard(shard, max_shard_bytes) for shard in dealt))
     else:
-        split = _split_by_range(_in_hash_order(files), num_shards, max_shard_bytes, max_held_out_bytes)
+        text = b"".join(map(_read, ordered))
+        split = _split_by_range(text, num_shards, max_shard_bytes, 0 if held_out else max_held_out_bytes)
+        split = TextSplit(held_out or split.held_out_documents, split.shard_documents)
     if not all(split.shards) or (max_held_out_bytes and not split.held_out):
+        num_parts = num_shards + (1 if max_held_out_bytes else 0)
         raise DataError(f"text of {len(files)} file(s) is too short for {num_parts} parts: give more text")
     return split
-
-
-def load_site_text(task: LanguageModelConfig, *, shard_index: int, num_shards: int) -> SiteText:
-    """The text of one site as its task's configuration says.
-
-    Without `task.data` it is this site's shard of the standard library's sources, which sites with the same
-    Python version split alike; without `task.held_out` a part of the data is kept back. Raises DataError for
-    text that is missing or too short to split.
-    """
-    own_held_out = not task.held_out
-    split = split_text(
-        text_files(task.data) if task.data else standard_library_files(),
-        num_shards=1 if task.data else num_shards,
-        max_shard_bytes=task.max_data_bytes,
-        max_held_out_bytes=task.max_held_out_bytes if own_held_out else 0,
-    )
-    train = split.shards[0 if task.data else shard_index]
-    if own_held_out:
-        return SiteText(train, split.held_out)
-    given = split_text(
-        text_files(task.held_out), num_shards=1, max_shard_bytes=task.max_held_out_bytes, max_held_out_bytes=0
-    )
-    return SiteText(train, given.shards[0])
-
-
-def require_text_files(task: LanguageModelConfig, *, batch_size: int, num_ranks: int) -> None:
-    """What can be said of `task.data` and `task.held_out` from the files' sizes, before anything is started or read.
-
-    Raises DataError for files that are missing, empty or not text, or together too small.
-    """
-    if task.held_out:
-        text_files(task.held_out)
-    if task.data:
-        num_bytes = sum(file.stat().st_size for file in text_files(task.data))
-        _require_bytes(num_bytes, task, batch_size=batch_size, num_ranks=num_ranks)
-
-
-def require_enough_text(
-    text: SiteText, task: LanguageModelConfig, *, batch_size: int, num_ranks: int
-) -> None:
-    """Raise DataError unless every document of every rank holds a window, and held-out text a prediction."""
-    _require_bytes(len(text.train), task, batch_size=batch_size, num_ranks=num_ranks)
-    if len(text.held_out) < 2:
-        where = ", ".join(map(str, task.held_out)) or "the data"
-        raise DataError(f"{where}: too little text to evaluate on: give more held-out text")
-
-
-def _require_bytes(num_bytes: int, task: LanguageModelConfig, *, batch_size: int, num_ranks: int) -> None:
-    num_needed_bytes = num_ranks * batch_size * (task.window_bytes + 1)
-    if num_bytes < num_needed_bytes:
-        where = ", ".join(map(str, task.data)) or "the standard library"
-        raise DataError(
-            f"{where}: {num_bytes} bytes of text to train on, but {batch_size * num_ranks} documents of "
-            f"{task.window_bytes + 1} bytes need {num_needed_bytes}: give more text, or lower training.batch_size"
-        )
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -216,39 +177,26 @@ def _in_hash_order(files: Sequence[Path]) -> list[Path]:
 # --- splitting ----------------------------------------------------------------------------------------------
 
 
-def _split_by_file(
-    files: list[Path], num_shards: int, max_shard_bytes: int | None, max_held_out_bytes: int
-) -> TextSplit:
-    held_out, num_used_files = b"", 0
-    if max_held_out_bytes:
-        max_files = max(1, min(len(files) // _HELD_OUT_SHARE, len(files) - num_shards))
-        max_piece_bytes = -(-max_held_out_bytes // min(_MIN_PIECES, max_files))
-        held_out, num_used_files = _join_pieces(files[:max_files], max_held_out_bytes, max_piece_bytes)
-    rest = files[num_used_files:]
-    return TextSplit(
-        held_out, tuple(_join_shard(rest[i::num_shards], max_shard_bytes) for i in range(num_shards))
-    )
-
-
-def _join_shard(files: Sequence[Path], max_bytes: int | None) -> bytes:
+def _take_shard(files: Sequence[Path], max_bytes: int | None) -> Documents:
     if max_bytes is None:
-        return b"".join(map(_read, files))
-    mix, _ = _join_pieces(files, max_bytes, -(-max_bytes // _MIN_PIECES))
+        return tuple(map(_read, files))
+    mix = _take_pieces(files, max_bytes, -(-max_bytes // _MIN_PIECES))
     # Too few files for a mix of small pieces: take all of each.
-    return mix if len(mix) == max_bytes else _join_pieces(files, max_bytes, max_bytes)[0]
+    return mix if sum(map(len, mix)) == max_bytes else _take_pieces(files, max_bytes, max_bytes)
 
 
-def _join_pieces(files: Iterable[Path], max_bytes: int, max_piece_bytes: int) -> tuple[bytes, int]:
-    """Pieces of `files`, in order, until there are `max_bytes`; and how many files that took."""
-    joined, num_files = bytearray(), 0
+def _take_pieces(files: Iterable[Path], max_bytes: int, max_piece_bytes: int) -> Documents:
+    """A piece of each of `files`, in order, until there are `max_bytes`."""
+    pieces: list[bytes] = []
+    room_bytes = max_bytes
     for file in files:
-        if len(joined) >= max_bytes:
+        if room_bytes == 0:
             break
         text = _read(file)
         start, end = _middle(text, max_piece_bytes)
-        joined += text[start:end]
-        num_files += 1
-    return bytes(joined[:max_bytes]), num_files
+        pieces.append(text[start : min(end, start + room_bytes)])
+        room_bytes -= len(pieces[-1])
+    return tuple(pieces)
 
 
 def _middle(text: bytes, max_bytes: int) -> tuple[int, int]:
@@ -266,15 +214,16 @@ def _line_end(text: bytes, position: int, *, after: int = 0) -> int:
 
 
 def _split_by_range(
-    files: list[Path], num_shards: int, max_shard_bytes: int | None, max_held_out_bytes: int
+    text: bytes, num_shards: int, max_shard_bytes: int | None, max_held_out_bytes: int
 ) -> TextSplit:
-    text = b"".join(map(_read, files))
     max_piece_bytes = -(-min(max_held_out_bytes, len(text) // _HELD_OUT_SHARE) // _MIN_PIECES)
     pieces: list[bytes] = []
     rest: list[bytes] = []
+    room_bytes = max_held_out_bytes
     for section in _cut(text, _MIN_PIECES):
         start, end = _middle(section, max_piece_bytes)
-        pieces.append(section[start:end])
+        pieces.append(section[start:end][:room_bytes])
+        room_bytes -= len(pieces[-1])
         rest += [section[:start], section[end:]]
     shards = [
         shard[: _line_end(shard, max_shard_bytes)]
@@ -282,7 +231,7 @@ def _split_by_range(
         else shard
         for shard in _cut(b"".join(rest), num_shards)
     ]
-    return TextSplit(b"".join(pieces)[:max_held_out_bytes], tuple(shards))
+    return TextSplit(tuple(filter(None, pieces)), tuple((shard,) for shard in shards))
 
 
 def _cut(text: bytes, num_parts: int) -> list[bytes]:

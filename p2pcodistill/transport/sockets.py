@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -22,6 +22,9 @@ MAX_QUEUED_SENDS = 256
 """Messages that libzmq holds for a connection that does not take them. What has no receipt is bounded in bytes, far below;
 a member that sends receipts for what it has not taken can fill this with the largest chunks, 1 GiB."""
 MAX_QUEUED_RECEIVES = 16
+MAX_BURST = 16
+MAX_BURST_BYTES = 1 << 20
+"""What is read in one go, in messages and in bytes: what is on other sockets, control perhaps, wants its turn."""
 _CURVE_OVERHEAD_BYTES = 64
 
 
@@ -97,13 +100,34 @@ def send_now(route: Route, frames: Sequence[bytes]) -> int | None:
     """Queue one message without waiting. Returns None, or EAGAIN (queue full) or EHOSTUNREACH (connection gone)."""
     try:
         # A future that is done: with DONTWAIT pyzmq answers at once.
-        sent = route.socket.send_multipart([*route.prefix, *frames], flags=zmq.DONTWAIT)
+        # Small parts are copied all the same; of a large one libzmq holds what it is given until it is sent.
+        sent = route.socket.send_multipart([*route.prefix, *frames], flags=zmq.DONTWAIT, copy=False)
         cast("asyncio.Future[None]", sent).result()
     except zmq.ZMQError as error:
         if error.errno not in (errno.EAGAIN, errno.EHOSTUNREACH):
             raise
         return error.errno
     return None
+
+
+def has_arrivals(source: zmq.asyncio.Socket) -> bool:
+    """Whether there is a message to receive."""
+    return bool(cast(int, source.get(zmq.EVENTS)) & zmq.POLLIN)
+
+
+def receive_now(source: zmq.asyncio.Socket) -> Iterator[list[zmq.Frame]]:
+    """The messages that have arrived by now, or the first of them."""
+    num_bytes = 0
+    for _ in range(MAX_BURST):
+        received = cast("asyncio.Future[list[zmq.Frame]]", source.recv_multipart(zmq.DONTWAIT, copy=False))
+        try:
+            frames = received.result()
+        except zmq.Again:
+            return
+        yield frames
+        num_bytes += sum(map(len, frames))
+        if num_bytes >= MAX_BURST_BYTES:
+            return
 
 
 async def resolve_address(address: str, attempt: int) -> str | None:

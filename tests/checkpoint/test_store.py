@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -36,6 +37,7 @@ STRANGER = Identity.from_secrets(b"\3" * 32, b"\3" * 32)
 KEYS = {"berlin": BERLIN.public, "tokyo": TOKYO.public}
 FRAME_BYTES = 3 * MIN_CHUNK_BYTES + 100
 ALL = frozenset(range(4))
+GENEROUS_S = 30.0
 
 
 def make_frame(
@@ -83,10 +85,12 @@ def fetch_delta(store: FrameStore, step: int, *, base: int | None = None, **chan
     return fetch(store, step, base=step - 50 if base is None else base, num_bytes=1000, **changes)
 
 
-def adopt(store: FrameStore, step: int, outbox: Path, **changes: Any) -> StoredFrame:
+def adopt(
+    store: FrameStore, step: int, outbox: Path, *, may_evict: bool = True, **changes: Any
+) -> StoredFrame:
     signed, content = make_frame(step, **({"origin": "berlin", "identity": BERLIN} | changes))
     outbox.write_bytes(content)
-    return store.adopt(signed, outbox)
+    return store.adopt(signed, outbox, may_evict=may_evict)
 
 
 def adopt_local_keyframe(store: FrameStore, step: int, outbox: Path, **changes: Any) -> StoredFrame:
@@ -431,7 +435,7 @@ def test_the_store_is_bounded(folder: Path, tmp_path: Path) -> None:
         store.begin(partial)
         no_room = f"is {FRAME_BYTES} bytes too many .* cap is {2 * FRAME_BYTES} .* holds {2 * FRAME_BYTES}"
         with pytest.raises(OversizedError, match=no_room):
-            store.begin(make_frame(150)[0])
+            store.begin(make_frame(150, base=100)[0])
         with pytest.raises(OversizedError, match=no_room):
             adopt(store, 50, tmp_path / "outbox")
         assert (tmp_path / "outbox").exists()
@@ -444,6 +448,90 @@ def test_the_store_is_bounded(folder: Path, tmp_path: Path) -> None:
     tiny = FrameStore(tmp_path / "tiny", site="berlin", keys=KEYS, max_bytes=FRAME_BYTES - 1)
     with closing(tiny), pytest.raises(OversizedError, match="is 1 bytes too many"):
         tiny.begin(make_frame(50)[0])
+
+
+def test_a_keyframe_takes_the_room_of_what_it_supersedes_where_there_is_none(
+    folder: Path, tmp_path: Path
+) -> None:
+    max_bytes = 2 * FRAME_BYTES + 2000
+    with closing(FrameStore(folder, site="berlin", keys=KEYS, max_bytes=max_bytes)) as store:
+        own = adopt(store, 50, tmp_path / "outbox")
+        chain = [fetch(store, 0).signed, *(fetch_delta(store, step).signed for step in (50, 100))]
+        with pytest.raises(OversizedError):
+            fetch_delta(store, 150)
+        assert steps_of(store.chain("tokyo")) == [("keyframe", 0), ("delta", 50), ("delta", 100)]
+
+        newer = fetch(store, 150)  # the keyframe it supersedes is enough
+
+        assert store.chain("tokyo") == (newer,)
+        assert store.frames("berlin") == (own,), "nobody else pays for it"
+        assert store.prune(keep_frame_ids=()) == tuple(signed.frame_id for signed in chain)
+        assert store.prune(keep_frame_ids=()) == ()
+        with pytest.raises(OversizedError):
+            adopt(store, 100, tmp_path / "outbox", may_evict=False)
+        with pytest.raises(OversizedError):
+            adopt(store, 100, tmp_path / "outbox", num_bytes=max_bytes)
+        assert store.frames("berlin") == (own,)
+        newer_own = adopt(store, 100, tmp_path / "outbox")
+        assert store.frames("berlin") == (newer_own,)
+        older, _ = make_frame(140)
+        with pytest.raises(OversizedError):
+            store.begin(older)
+    with closing(FrameStore(folder, site="berlin", keys=KEYS)) as reopened:
+        assert reopened.chain("tokyo") == (newer,)
+        assert reopened.chain("berlin") == (newer_own,)
+
+
+# --- durable ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_waits_for_the_disk_holds_up_no_reader(
+    store: FrameStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, (partial, content) = fetch(store, 50), make_frame(100)
+    store.begin(partial)
+    put_chunks(store, partial, content)
+    is_syncing, is_synced = threading.Event(), threading.Event()
+    fsync = os.fsync
+
+    def sync_slowly(descriptor: int) -> None:
+        is_syncing.set()
+        assert is_synced.wait(GENEROUS_S)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_slowly)
+    with ThreadPoolExecutor(1) as pool:
+        completed = pool.submit(store.complete, partial.frame_id)
+        assert is_syncing.wait(GENEROUS_S)
+        assert read_frame(store, older) is not None
+        assert store.chain("tokyo") == (older,)
+        assert store.read_chunk(partial.frame_id, 0) == content[:MIN_CHUNK_BYTES]
+        assert store.prune(keep_frame_ids=[older.signed.frame_id]) == ()
+        is_synced.set()
+        assert completed.result() == store.chain("tokyo")[-1]
+
+
+def test_what_was_flushed_meets_its_error_again_on_completion(
+    store: FrameStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signed, content = make_frame(50)
+    store.begin(signed)
+    put_chunks(store, signed, content)
+    synced: list[int] = []
+
+    def fail(descriptor: int) -> None:
+        synced.append(descriptor)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        store.flush(signed.frame_id)
+        with pytest.raises(OSError, match="Input/output error"):
+            store.complete(signed.frame_id)
+    assert len(synced) == 2
+    store.flush(signed.frame_id)
+    assert store.complete(signed.frame_id).path.read_bytes() == content
+    store.flush(signed.frame_id)  # too late, and no harm
 
 
 # --- a life after a crash --------------------------------------------------------------------------------------------
@@ -787,3 +875,23 @@ def test_a_frame_of_this_life_is_not_hashed_again_on_reading_unless_it_was_touch
     os.utime(fetched.path)  # somebody touched it
     assert read_frame(store, fetched) == before
     assert num_hashed == fetched.signed.manifest.num_chunks
+
+
+def test_a_frame_of_an_earlier_life_is_hashed_on_opening_only_if_it_was_touched(
+    folder: Path, store: FrameStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = [fetch(store, step) for step in (50, 100)]
+    store.close()
+    os.utime(frames[1].path)  # somebody touched it
+    hashed: list[Path] = []
+
+    def count(path: Path, chunk_bytes: int) -> tuple[bytes, ...]:
+        hashed.append(path)
+        return digest_chunks(path, chunk_bytes)
+
+    monkeypatch.setattr("p2pcodistill.checkpoint.frame_files.digest_chunks", count)
+    with closing(FrameStore(folder, site="berlin", keys=KEYS)) as reopened:
+        assert reopened.frames("tokyo") == tuple(frames)
+        assert hashed == [frames[1].path]
+        frames[0].path.write_bytes(b"rot")
+        assert reopened.read_chunk(frames[0].signed.frame_id, 0) is None, "what was not hashed in this life"

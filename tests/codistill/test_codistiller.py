@@ -29,7 +29,8 @@ from p2pcodistill.codistill.codistiller import Codistiller
 from p2pcodistill.codistill.exchange import ChainFile, Inbox, MemoryBoard, Offer
 from p2pcodistill.config import CodistillationConfig, FramesConfig
 from p2pcodistill.errors import ConfigError, NonFiniteError
-from p2pcodistill.telemetry import Event, SnapshotSkipped, TeacherRefused, TeacherSwapped
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.training_events import SnapshotSkipped, TeacherRefused, TeacherSwapped
 
 EACH_STEP = CodistillationConfig(
     burn_in_steps=0, exchange_interval_steps=1, agreement_interval_steps=1, loss="kl"

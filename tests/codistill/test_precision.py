@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from p2pcodistill.codistill.precision import PackedTensor, Precision, pack_weights
-from p2pcodistill.config import LanguageModelConfig
-from p2pcodistill.tasks.language_model import ByteLSTM
+from p2pcodistill.task_configs import LanguageModelConfig
+from p2pcodistill.tasks.recurrent import LSTMModel
 
 LOW: tuple[Precision, ...] = ("float16", "bfloat16", "int8")
 LARGEST_ERROR: dict[str, float] = {"float16": 2**-11, "bfloat16": 2**-8, "int8": 0.5 / 127}
@@ -74,7 +74,7 @@ def test_fp16_is_exact_for_what_travelled_as_fp16() -> None:
 
 
 def language_model() -> tuple[nn.Module, Tensor]:
-    return ByteLSTM(LanguageModelConfig()), torch.randint(0, 256, (4, 16))
+    return LSTMModel(LanguageModelConfig()), torch.randint(0, 256, (4, 16))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

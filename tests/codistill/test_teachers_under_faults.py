@@ -29,7 +29,13 @@ from p2pcodistill.codistill.gate import MIN_PREDICTIONS, PROBE_INTERVAL_ROUNDS
 from p2pcodistill.codistill.losses import distillation_loss
 from p2pcodistill.config import CodistillationConfig
 from p2pcodistill.errors import ConfigError
-from p2pcodistill.telemetry import Event, TeacherExpired, TeacherGated, TeacherReadmitted, TeacherSwapped
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.training_events import (
+    TeacherExpired,
+    TeacherGated,
+    TeacherReadmitted,
+    TeacherSwapped,
+)
 from tests.codistill.test_codistiller import descend, linear, reference_of
 from tests.codistill.test_freshness import Clock
 from tests.codistill.test_losses import AGGREGATIONS, LOSSES

@@ -78,13 +78,13 @@ class ZeroMQSites:
 
     def send_hostile(self, transport: Transport, peer: str, lane: Lane, payload: Sequence[bytes]) -> None:
         assert isinstance(transport, ZeroMQTransport)
-        channel = transport._peers[peer].in_use
+        channel = transport._lanes.peers[peer].in_use
         assert channel is not None
-        assert transport._put(channel, lane, [wire.DATA, *payload])
+        assert transport._lanes.put(channel, lane, [wire.DATA, *payload])
 
 
 @pytest.fixture(params=[MemorySites, ZeroMQSites], ids=["memory", "zeromq"])
-async def sites(request: pytest.FixtureRequest) -> AsyncIterator[Sites]:
+async def sites(request: pytest.FixtureRequest, zero_copy: None) -> AsyncIterator[Sites]:
     """The members; every transport that a test opens must be closed by the end, and leave nothing behind."""
     num_files_before = psutil.Process().num_fds()
     yield request.param()

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from p2pcodistill import telemetry
 from p2pcodistill.checkpoint.chain import cheapest_path, reachable
 from p2pcodistill.checkpoint.manifest import (
     MIN_CHUNK_BYTES,
@@ -52,6 +51,8 @@ from p2pcodistill.gossip.protocol import (
     members_digest,
 )
 from p2pcodistill.identity import Identity, PublicIdentity
+from p2pcodistill.telemetry import node_events
+from p2pcodistill.telemetry.event import Event as TelemetryEvent
 
 RUN = "run"
 MAX_FRAME_BYTES = 1 << 20
@@ -213,7 +214,7 @@ class Node:
         self.window_bytes = window_bytes
         self.now_s = 0.0
         self.sent: deque[SendPayload] = deque()
-        self.events: list[telemetry.Event] = []
+        self.events: list[TelemetryEvent] = []
         self.offered: list[SignedManifest] = []
         self.num_chunks_served = 0
         self.num_keyframes_requested = 0
@@ -307,12 +308,12 @@ class Node:
         return [
             (event.origin, Version(event.incarnation, event.step))
             for event in self.events
-            if isinstance(event, telemetry.VersionAnnounced)
+            if isinstance(event, node_events.VersionAnnounced)
         ]
 
     def refusals(self) -> list[tuple[str | None, str]]:
         """(peer, reason) of every refusal reported so far."""
-        return [(event.peer, event.reason) for event in self.events if isinstance(event, telemetry.Refused)]
+        return [(event.peer, event.reason) for event in self.events if isinstance(event, node_events.Refused)]
 
     def _send(self, peer: str, message: Message) -> None:
         self.sent.append(SendPayload(peer, lane_of(message), encode_message(message)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from p2pcodistill.checkpoint.manifest import MAX_FRAME_BYTES, MIN_CHUNK_BYTES, sign_manifest
+from p2pcodistill.checkpoint.manifest import MAX_FRAME_BYTES, MIN_CHUNK_BYTES, claimed_origin, sign_manifest
 from p2pcodistill.errors import (
     MalformedError,
     OversizedError,
@@ -43,8 +43,18 @@ def told(sites: Any, *frames: Any) -> Announcements:
     """What knows these frames from announcements."""
     announcements = announcements_of(sites)
     for frame in frames:
-        announcements.accept(frame.signed.manifest.origin, announce(frame))
+        accept(announcements, frame.signed.manifest.origin, announce(frame))
     return announcements
+
+
+def accept(announcements: Announcements, peer: str, announced: Announce) -> Accepted | None:
+    return announcements.accept(peer, claimed_origin(announced.body), announced)
+
+
+def collect(
+    announcements: Announcements, peer: str, announced: Announce, asked: CatchUp | None
+) -> Accepted | None:
+    return announcements.collect(peer, claimed_origin(announced.body), announced, asked)
 
 
 def path_of(*frames: Any) -> list[Announce]:
@@ -54,8 +64,8 @@ def path_of(*frames: Any) -> list[Announce]:
 
 def test_the_newest_version_wins(sites: Any) -> None:
     announcements = announcements_of(sites)
-    first = announcements.accept("tokyo", announce(sites.frame("tokyo", 50)))
-    second = announcements.accept("tokyo", announce(sites.frame("tokyo", 10, incarnation=2)))
+    first = accept(announcements, "tokyo", announce(sites.frame("tokyo", 50)))
+    second = accept(announcements, "tokyo", announce(sites.frame("tokyo", 10, incarnation=2)))
 
     assert (first.is_new, first.pins_schema) == (True, True)
     assert (second.is_new, second.pins_schema) == (True, False)
@@ -67,7 +77,7 @@ def test_the_same_announcement_again_is_accepted_but_not_new(sites: Any) -> None
     frame = sites.frame("tokyo", 50)
     announcements = told(sites, frame)
 
-    assert announcements.accept("tokyo", announce(frame)) == Accepted((frame.signed,), False, False)
+    assert accept(announcements, "tokyo", announce(frame)) == Accepted((frame.signed,), False, False)
 
 
 def test_what_the_store_holds_is_known(sites: Any) -> None:
@@ -77,9 +87,9 @@ def test_what_the_store_holds_is_known(sites: Any) -> None:
     )
 
     assert announcements.known_incarnation("tokyo") == 3
-    assert not announcements.accept("tokyo", announce(frame)).is_new
+    assert not accept(announcements, "tokyo", announce(frame)).is_new
     with pytest.raises(ReplayedError):
-        announcements.accept("tokyo", announce(sites.frame("tokyo", 49, incarnation=3)))
+        accept(announcements, "tokyo", announce(sites.frame("tokyo", 49, incarnation=3)))
 
 
 REFUSALS: list[tuple[str, dict[str, Any], type[RefusedError], str]] = [
@@ -113,10 +123,10 @@ def test_refusals(
     announcements = told(sites, first)
 
     with pytest.raises(error, match=words):
-        announcements.accept(peer, announce(sites.frame(**({"origin": "tokyo", "step": 51} | change))))
+        accept(announcements, peer, announce(sites.frame(**({"origin": "tokyo", "step": 51} | change))))
 
-    assert not announcements.accept("tokyo", announce(first)).is_new
-    assert announcements.accept("tokyo", announce(sites.frame("tokyo", 51))) == Accepted(
+    assert not accept(announcements, "tokyo", announce(first)).is_new
+    assert accept(announcements, "tokyo", announce(sites.frame("tokyo", 51))) == Accepted(
         (sites.frame("tokyo", 51).signed,), is_new=True, pins_schema=False
     )
 
@@ -124,31 +134,31 @@ def test_refusals(
 def test_a_refused_first_announcement_pins_nothing(sites: Any) -> None:
     announcements = announcements_of(sites)
     with pytest.raises(ReplayedError):
-        announcements.accept("tokyo", announce(sites.frame("tokyo", 1, run="other", schema="other")))
+        accept(announcements, "tokyo", announce(sites.frame("tokyo", 1, run="other", schema="other")))
 
-    assert announcements.accept("tokyo", announce(sites.frame("tokyo", 1))).pins_schema
+    assert accept(announcements, "tokyo", announce(sites.frame("tokyo", 1))).pins_schema
 
 
 def test_a_higher_incarnation_may_bring_another_schema_which_is_pinned_from_then_on(sites: Any) -> None:
     first = sites.frame("tokyo", 50, incarnation=2)
     announcements = told(sites, first)
 
-    mended = announcements.accept("tokyo", announce(sites.frame("tokyo", 1, incarnation=3, schema="wider")))
-    again = announcements.accept("tokyo", announce(sites.frame("tokyo", 2, incarnation=3, schema="wider")))
+    mended = accept(announcements, "tokyo", announce(sites.frame("tokyo", 1, incarnation=3, schema="wider")))
+    again = accept(announcements, "tokyo", announce(sites.frame("tokyo", 2, incarnation=3, schema="wider")))
 
     assert (mended.is_new, mended.pins_schema) == (True, True)
     assert (again.is_new, again.pins_schema) == (True, False)
     with pytest.raises(SchemaMismatchError, match="incarnation 3"):
-        announcements.accept("tokyo", announce(sites.frame("tokyo", 3, incarnation=3)))
+        accept(announcements, "tokyo", announce(sites.frame("tokyo", 3, incarnation=3)))
     with pytest.raises(ReplayedError):
-        announcements.accept("tokyo", announce(sites.frame("tokyo", 60, incarnation=2)))
+        accept(announcements, "tokyo", announce(sites.frame("tokyo", 60, incarnation=2)))
 
 
 def test_a_pin_without_a_known_version_gives_way(sites: Any) -> None:
     """It was pinned for a frame that never arrived whole; under which incarnation is not remembered."""
     announcements = announcements_of(sites, pinned_schemas={"tokyo": bytes(32)})
 
-    assert announcements.accept("tokyo", announce(sites.frame("tokyo", 50))).pins_schema
+    assert accept(announcements, "tokyo", announce(sites.frame("tokyo", 50))).pins_schema
 
 
 def test_the_largest_frame_that_anyone_may_sign_is_refused_and_pins_nothing(sites: Any) -> None:
@@ -163,11 +173,11 @@ def test_the_largest_frame_that_anyone_may_sign_is_refused_and_pins_nothing(site
     signed = sign_manifest(manifest, sites.identities["tokyo"])
 
     with pytest.raises(OversizedError, match="over this site's cap"):
-        announcements.accept("tokyo", Announce(signed.body, signed.signature))
+        accept(announcements, "tokyo", Announce(signed.body, signed.signature))
 
     assert announcements.known_incarnation("tokyo") == 0
     largest = sites.frame("tokyo", 40, num_chunks=8)
-    assert announcements.accept("tokyo", announce(largest)).pins_schema
+    assert accept(announcements, "tokyo", announce(largest)).pins_schema
 
 
 def test_signed_nonsense_is_malformed(sites: Any) -> None:
@@ -177,7 +187,7 @@ def test_signed_nonsense_is_malformed(sites: Any) -> None:
     signature = sites.identities["tokyo"].sign(SIGNATURE_DOMAIN + body)
 
     with pytest.raises(MalformedError):
-        announcements_of(sites).accept("tokyo", Announce(body, signature))
+        accept(announcements_of(sites), "tokyo", Announce(body, signature))
 
 
 # --- chains --------------------------------------------------------------------------------------------------
@@ -187,10 +197,10 @@ def test_a_delta_frame_and_a_keyframe_of_one_version_are_the_same_checkpoint(sit
     delta, keyframe = sites.frame("tokyo", 50, base=49), sites.frame("tokyo", 50)
     announcements = told(sites, delta)
 
-    assert not announcements.accept("tokyo", announce(keyframe)).is_new
-    assert not announcements.accept("tokyo", announce(delta)).is_new
+    assert not accept(announcements, "tokyo", announce(keyframe)).is_new
+    assert not accept(announcements, "tokyo", announce(delta)).is_new
     with pytest.raises(ReplayedError, match="two different checkpoints"):
-        announcements.accept("tokyo", announce(sites.frame("tokyo", 50, base=48)))
+        accept(announcements, "tokyo", announce(sites.frame("tokyo", 50, base=48)))
 
 
 def test_a_path_counts_when_it_is_complete(sites: Any) -> None:
@@ -198,14 +208,14 @@ def test_a_path_counts_when_it_is_complete(sites: Any) -> None:
     announcements = announcements_of(sites, max_frame_bytes=1 << 20)
     first, second, third = path_of(*frames)
 
-    assert announcements.collect("tokyo", first, CatchUp(None)) is None
-    assert announcements.collect("tokyo", second, CatchUp(None)) is None
+    assert collect(announcements, "tokyo", first, CatchUp(None)) is None
+    assert collect(announcements, "tokyo", second, CatchUp(None)) is None
     assert announcements.known_incarnation("tokyo") == 0
-    accepted = announcements.collect("tokyo", third, CatchUp(None))
+    accepted = collect(announcements, "tokyo", third, CatchUp(None))
 
     signed = tuple(frame.signed for frame in frames)
     assert accepted == Accepted(signed, is_new=True, pins_schema=True)
-    again = [announcements.collect("tokyo", part, CatchUp(None)) for part in (first, second, third)]
+    again = [collect(announcements, "tokyo", part, CatchUp(None)) for part in (first, second, third)]
     assert again == [None, None, Accepted(signed, is_new=False, pins_schema=False)]
 
 
@@ -242,13 +252,13 @@ def test_a_path_that_is_wrong_anywhere_is_refused_once_and_as_a_whole(
     errors = []
     for part in refused_in_a_path(sites, case):
         try:
-            assert announcements.collect("tokyo", part, asked) is None
+            assert collect(announcements, "tokyo", part, asked) is None
         except RefusedError as refusal:
             errors.append(type(refusal))
     assert errors == [error]
 
     whole = path_of(*(sites.frame("tokyo", step, base=step - 1, num_chunks=1) for step in (11, 12, 13)))
-    assert [announcements.collect("tokyo", part, asked) for part in whole][-1] is not None
+    assert [collect(announcements, "tokyo", part, asked) for part in whole][-1] is not None
 
 
 def test_a_path_that_nobody_asked_for_is_refused_once(sites: Any) -> None:
@@ -256,8 +266,8 @@ def test_a_path_that_nobody_asked_for_is_refused_once(sites: Any) -> None:
     parts = path_of(*(sites.frame("tokyo", step, base=step - 1 or None, num_chunks=1) for step in (1, 2, 3)))
 
     with pytest.raises(MalformedError, match="nobody asked"):
-        announcements.collect("tokyo", parts[0], None)
-    assert [announcements.collect("tokyo", part, None) for part in parts[1:]] == [None, None]
+        collect(announcements, "tokyo", parts[0], None)
+    assert [collect(announcements, "tokyo", part, None) for part in parts[1:]] == [None, None]
     assert announcements.known_incarnation("tokyo") == 0
 
 
@@ -266,8 +276,8 @@ def test_a_path_ends_with_its_session(sites: Any) -> None:
         *(sites.frame("tokyo", step, base=step - 1 or None, num_chunks=1) for step in (1, 2))
     )
     announcements = announcements_of(sites)
-    announcements.collect("tokyo", first, CatchUp(None))
+    collect(announcements, "tokyo", first, CatchUp(None))
     announcements.close("tokyo")
 
     with pytest.raises(MalformedError):
-        announcements.collect("tokyo", second, CatchUp(None))
+        collect(announcements, "tokyo", second, CatchUp(None))

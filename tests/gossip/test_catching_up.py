@@ -30,7 +30,7 @@ from p2pcodistill.gossip.protocol import (
     TrainingFinished,
     members_digest,
 )
-from p2pcodistill.telemetry import VersionAnnounced
+from p2pcodistill.telemetry.node_events import VersionAnnounced
 
 
 class Pair:

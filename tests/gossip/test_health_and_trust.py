@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from p2pcodistill import telemetry
 from p2pcodistill.checkpoint.manifest import Version
 from p2pcodistill.errors import FloodedError, MalformedError, QuarantinedError
 from p2pcodistill.gossip.health import NUM_PINGS_UNTIL_SUSPECT, Health
@@ -21,6 +20,7 @@ from p2pcodistill.gossip.trust import (
     REFUSAL_MEMORY_S,
     Trust,
 )
+from p2pcodistill.telemetry import node_events
 
 INTERVAL_S = 5.0
 
@@ -51,7 +51,7 @@ def test_a_silent_peer_is_pinged_then_suspected_and_recovers() -> None:
     assert pinged == [6, 12, 18, 24], "looked at every half interval"
     assert suspected == [(18, "lima")]
     assert health.suspects == ("lima",)
-    assert health.hear("lima", 30.0) == telemetry.PeerRecovered("lima", 30.0)
+    assert health.hear("lima", 30.0) == node_events.PeerRecovered("lima", 30.0)
     assert health.suspects == () and health.hear("lima", 31.0) is None
 
 
@@ -90,10 +90,10 @@ def test_nodes_ping_each_other_and_learn_the_round_trip(sites: Any) -> None:
         tokyo.now_s += INTERVAL_S + 1.0
         tokyo.feed(Ticked())
     assert tokyo.gossip.suspects == ("lima",)
-    assert any(isinstance(event, telemetry.PeerSuspected) for event in tokyo.events)
+    assert any(isinstance(event, node_events.PeerSuspected) for event in tokyo.events)
     tokyo.receive("lima", Finished())
     assert tokyo.gossip.suspects == ()
-    assert isinstance(tokyo.events[-1], telemetry.PeerRecovered)
+    assert isinstance(tokyo.events[-1], node_events.PeerRecovered)
 
 
 # --- trust -----------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_who_keeps_sending_garbage_is_shut_out_for_a_while_by_name(sites: Any) -
     for _ in range(MAX_REFUSALS):
         lima.feed(PayloadReceived("tokyo", (b"\xc1",)))
 
-    assert telemetry.PeerQuarantined("tokyo", "malformed", MAX_REFUSALS, FIRST_QUARANTINE_S) in lima.events
+    assert node_events.PeerQuarantined("tokyo", "malformed", MAX_REFUSALS, FIRST_QUARANTINE_S) in lima.events
     assert lima.gossip.peers_ready == ()
     ((peer, refusal),) = lima.take_messages()
     assert peer == "tokyo" and isinstance(refusal, Refusal) and refusal.reason == "quarantined"
@@ -175,7 +175,7 @@ def test_a_revoked_member_is_shut_out_until_it_is_restored(sites: Any) -> None:
 
     lima.feed(MemberRevoked("tokyo", "its key was stolen"))
     net.settle()
-    assert telemetry.MemberTrustChanged("tokyo", False, "its key was stolen") in lima.events
+    assert node_events.MemberTrustChanged("tokyo", False, "its key was stolen") in lima.events
     assert lima.gossip.peers_ready == tokyo.gossip.peers_ready == ()
     assert any("its key was stolen" in str(event) for event in tokyo.events)
     net.cut("lima", "tokyo")

@@ -6,13 +6,24 @@ from typing import Any
 
 import pytest
 
-from p2pcodistill import telemetry
 from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES, Version
 from p2pcodistill.gossip.membership import MAX_CREDIBLE_INCARNATION
-from p2pcodistill.gossip.messages import Announce, CatchUp, Chunk, Follow, Hello, NoPath, Ping, Refusal, Want
+from p2pcodistill.gossip.messages import (
+    PROTOCOL_VERSION,
+    Announce,
+    CatchUp,
+    Chunk,
+    Follow,
+    Hello,
+    NoPath,
+    Ping,
+    Refusal,
+    Want,
+)
 from p2pcodistill.gossip.protocol import MemberRevoked, PeerOpened, Ticked, members_digest
-from p2pcodistill.gossip.relay import NEWS_FACTOR
+from p2pcodistill.gossip.relay import NEWS_FACTOR, PATH_PATIENCE_S
 from p2pcodistill.gossip.serving import READER_IDLE_S
+from p2pcodistill.telemetry import node_events
 
 STUDENTS = ("berlin", "lima")
 RELAY_AFTER_S = 10.0
@@ -37,7 +48,7 @@ def student(sites: Any, name: str, **settings: Any) -> Any:
 def greet(node: Any, peer: str) -> None:
     """`peer`, of which only this node knows, becomes ready."""
     node.feed(PeerOpened(peer))
-    node.receive(peer, Hello(3, "run", members_digest(node.sites.members), bytes(32), 0, 0))
+    node.receive(peer, Hello(PROTOCOL_VERSION, "run", members_digest(node.sites.members), bytes(32), 0, 0))
 
 
 def announce(frame: Any, num_more: int | None = None) -> Announce:
@@ -45,7 +56,7 @@ def announce(frame: Any, num_more: int | None = None) -> Announce:
 
 
 def quarantined(node: Any) -> list[str]:
-    return [event.peer for event in node.events if isinstance(event, telemetry.PeerQuarantined)]
+    return [event.peer for event in node.events if isinstance(event, node_events.PeerQuarantined)]
 
 
 # --- what is claimed -------------------------------------------------------------------------------------------
@@ -99,6 +110,32 @@ def test_a_path_that_one_follower_cannot_have_does_not_keep_the_others_waiting(s
 
     assert berlin.store.held("tokyo") == Version(1, 11)
     assert not any(node.refusals() for node in net.nodes.values())
+
+
+def test_who_waits_for_a_path_of_an_origin_that_says_nothing_does_not_wait_for_ever(sites: Any) -> None:
+    oslo = make(sites, "oslo")
+    for peer in ("tokyo", "lima"):
+        greet(oslo, peer)
+    oslo.receive("lima", Follow("tokyo", None, 0))
+    oslo.receive("lima", CatchUp(None, origin="tokyo"))
+    assert ("tokyo", CatchUp(None)) in oslo.take_messages()
+
+    oslo.now_s += PATH_PATIENCE_S - 1.0
+    oslo.feed(Ticked())
+    assert oslo.take_messages() == []
+    oslo.now_s += 1.0
+    oslo.feed(Ticked())
+
+    assert oslo.take_messages() == [("lima", NoPath("tokyo"))]
+    frame = sites.frame("tokyo", 1)
+    oslo.receive("lima", CatchUp(None, origin="tokyo"))
+    assert oslo.take_messages() == [], "it was asked"
+    oslo.receive("tokyo", Announce(frame.signed.body, frame.signed.signature, 0))
+    told = [
+        (peer, message.num_more) for peer, message in oslo.take_messages() if isinstance(message, Announce)
+    ]
+    assert ("lima", 0) in told
+    assert oslo.refusals() == [], "late is better than never"
 
 
 def test_who_is_not_behind_is_told_so(sites: Any) -> None:
@@ -316,6 +353,27 @@ def test_a_fast_teacher_does_not_wait_for_a_slow_student(sites: Any) -> None:
     assert peer == "tokyo" and len(want.indices) > 1, "not one chunk at a time"
 
 
+def test_a_small_frame_does_not_wait_for_a_thin_link(sites: Any) -> None:
+    """Of 4 chunks a student behind a link of 1 % would send one in the time in which the teacher sends 25 times as many."""
+    berlin = student(sites, "berlin")
+    for peer, num_bytes in (("tokyo", 10_000_000), ("lima", 100_000)):
+        greet(berlin, peer)
+        berlin.gossip.links[peer].observe(0.1, num_bytes, 1.0, 0.0)
+    frame = sites.frame("tokyo", 1, num_chunks=4)
+    berlin.take_messages()
+    berlin.receive("tokyo", announce(frame))
+    ((first, want),) = berlin.take_messages()
+    assert first == "tokyo" and len(want.indices) == 2, "half of them, and the other students the rest"
+
+    berlin.receive("lima", announce(frame))
+    for index in want.indices:
+        berlin.receive("tokyo", Chunk(frame.frame_id, index, frame.chunks[index]))
+
+    asked = [(peer, message.indices) for peer, message in berlin.take_messages() if isinstance(message, Want)]
+    assert {peer for peer, _ in asked} == {"tokyo"}
+    assert sorted((*want.indices, *(index for _, indices in asked for index in indices))) == [0, 1, 2, 3]
+
+
 # --- what is asked for again and again -------------------------------------------------------------------------
 
 
@@ -334,7 +392,7 @@ def test_a_follower_is_told_once(sites: Any) -> None:
 def test_who_begins_its_session_anew_all_the_time_is_quarantined(sites: Any) -> None:
     tokyo = make(sites, "tokyo")
     greet(tokyo, "lima")
-    hello = Hello(3, "run", members_digest(sites.members), bytes(32), 0, 0)
+    hello = Hello(PROTOCOL_VERSION, "run", members_digest(sites.members), bytes(32), 0, 0)
 
     for _ in range(20):
         tokyo.receive("lima", Refusal("no", "no"))

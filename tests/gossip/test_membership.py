@@ -63,7 +63,7 @@ def test_ready_peers_are_in_the_order_of_their_hellos(membership: Membership) ->
     [
         (
             {"protocol_version": 1},
-            "tokyo speaks version 1 of the protocol, this site version 3: install the same",
+            "tokyo speaks version 1 of the protocol, this site version 4: install the same",
         ),
         ({"run": "other\x1b"}, r"run 'other\\x1b', this site to run 'run': give both the same run name"),
         ({"members_digest": bytes(32), "topology_digest": bytes(32)}, "tokyo lists other members: [^;]*$"),

@@ -67,7 +67,7 @@ messages = st.one_of(
     ),
     st.builds(Chunk, frame_ids, numbers, st.binary(max_size=300)),
     st.builds(Gone, frame_ids),
-    st.builds(Finished),
+    st.builds(Finished, st.none() | names),
     st.builds(
         Refusal,
         st.text(st.sampled_from("abc-"), min_size=1, max_size=32),
@@ -164,7 +164,7 @@ def pack(*fields: object) -> bytes:
         ((msgpack.packb(6),), "type code"),
         ((pack(99),), "type code 99"),
         ((pack(6) + b"x",), "does not parse"),
-        ((pack(6, 0),), "FINISHED has 0 fields, not 1"),
+        ((pack(6),), "FINISHED has 1 fields, not 0"),
         ((pack(5),), "GONE has 1 fields, not 0"),
         ((pack(5, RAW_ID), b"bulk"), "GONE does not come in 2 part"),
         ((pack(4, RAW_ID, 0),), "CHUNK does not come in 1 part"),
@@ -265,6 +265,7 @@ def test_only_chunks_are_bulk() -> None:
             Want(FRAME_ID, (0,)),
             Gone(FRAME_ID),
             Finished(),
+            Finished("berlin"),
             Refusal("malformed", ""),
         )
     } == {Lane.CONTROL}

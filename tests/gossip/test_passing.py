@@ -6,12 +6,21 @@ from typing import Any
 
 import pytest
 
-from p2pcodistill import telemetry
 from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES, Version
-from p2pcodistill.gossip.messages import Announce, CatchUp, Chunk, Follow, Gone, Have, NoPath, Unfollow
+from p2pcodistill.gossip.messages import (
+    Announce,
+    CatchUp,
+    Chunk,
+    Finished,
+    Follow,
+    Gone,
+    Have,
+    NoPath,
+    Unfollow,
+)
 from p2pcodistill.gossip.protocol import FrameLost, TrainingFinished
 from p2pcodistill.gossip.relay import MAX_RELAYED_ORIGINS, RELAY_GRACE_S
-from p2pcodistill.gossip.sharing import LAZY_S
+from p2pcodistill.telemetry import node_events
 
 STUDENTS_OF = {"tokyo": ("berlin", "lima", "oslo")}
 RELAY_AFTER_S = 10.0
@@ -84,23 +93,20 @@ def announcements_between_students(net: Any) -> list[tuple[str, str]]:
     ]
 
 
-def test_of_a_frame_of_one_chunk_students_tell_each_other_now_and_then_only(sites: Any) -> None:
+def test_of_a_frame_of_one_chunk_students_tell_each_other_only_when_its_origin_is_gone(sites: Any) -> None:
     tokyo = teacher(sites)
     net = sites.net(tokyo, *(student(sites, name) for name in STUDENTS_OF["tokyo"]))
     net.settle()
-    net.wait(1.0)
     for step in range(1, 4):
         tokyo.publish(sites.frame("tokyo", step, num_chunks=1))
         net.settle()
-        net.wait((LAZY_S - 1.0) / 3)
+        net.wait(1000.0)
     assert announcements_between_students(net) == []
 
-    net.wait(1.0)
+    net.cut("tokyo", "berlin")
+    net.settle()
 
-    assert len(announcements_between_students(net)) == 6
-    net.history.clear()
-    net.wait(LAZY_S)
-    assert announcements_between_students(net) == [], "everybody knows"
+    assert announcements_between_students(net) == [("berlin", "lima"), ("berlin", "oslo")]
 
 
 def test_what_students_have_is_told_at_once_when_the_origin_cannot_be_reached(sites: Any) -> None:
@@ -117,15 +123,15 @@ def test_what_students_have_is_told_at_once_when_the_origin_cannot_be_reached(si
     assert lima.store.held("tokyo") == Version(1, 1)
 
 
-def test_who_cannot_reach_the_origin_follows_a_student_or_is_told_in_the_end(sites: Any) -> None:
-    for relay, seconds in ((True, RELAY_AFTER_S), (False, LAZY_S)):
+def test_who_cannot_reach_the_origin_follows_a_student_even_one_that_relays_nobody(sites: Any) -> None:
+    for relay in (True, False):
         tokyo, lima = teacher(sites), student(sites, "lima")
         net = sites.net(tokyo, student(sites, "berlin", relay=relay), lima, apart=[("tokyo", "lima")])
         net.settle()
         net.wait(0.0)
         tokyo.publish(sites.frame("tokyo", 1, num_chunks=1))
         net.settle()
-        net.wait(seconds - 1.0)
+        net.wait(RELAY_AFTER_S - 1.0)
         assert lima.store.held("tokyo") is None
 
         net.wait(1.0)
@@ -133,7 +139,7 @@ def test_who_cannot_reach_the_origin_follows_a_student_or_is_told_in_the_end(sit
         assert lima.store.held("tokyo") == Version(1, 1)
         tokyo.publish(sites.frame("tokyo", 2, num_chunks=1))
         net.settle()
-        assert lima.store.held("tokyo") == Version(1, 2 if relay else 1), "a follower is told at once"
+        assert lima.store.held("tokyo") == Version(1, 2), "a follower is told at once"
 
 
 def test_what_a_holder_cannot_answer_it_says(sites: Any) -> None:
@@ -279,7 +285,7 @@ def test_a_relay_fetches_and_passes_on_for_a_student_that_cannot_connect(sites: 
     net.wait(RELAY_AFTER_S)
     assert lima.store.held("tokyo") == Version(1, 1)
     assert oslo.gossip.relayed_origins == ("tokyo",)
-    assert telemetry.RelayStarted("tokyo", "lima") in oslo.events
+    assert node_events.RelayStarted("tokyo", "lima") in oslo.events
     for frame in chain[2:]:
         tokyo.publish(frame)
         net.settle()
@@ -321,7 +327,7 @@ def test_the_relay_is_let_go_once_the_teacher_is_there_and_keeps_nothing(sites: 
 
     assert oslo.gossip.relayed_origins == ()
     assert not oslo.store.frames
-    assert telemetry.RelayStopped("tokyo") in oslo.events
+    assert node_events.RelayStopped("tokyo") in oslo.events
     late = sites.frame("tokyo", 2)
     oslo.receive("tokyo", Announce(late.signed.body, late.signed.signature))
     assert not oslo.refusals(), "what was on its way is no offence"
@@ -414,3 +420,81 @@ def test_a_follower_is_no_student_whose_end_is_waited_for(sites: Any) -> None:
     lima.feed(TrainingFinished())
     net.settle()
     assert tokyo.gossip.students_finished
+
+
+def test_a_relay_tells_teacher_and_student_that_the_other_has_finished(sites: Any) -> None:
+    for is_late in (False, True):
+        tokyo, _, lima, net = relayed(sites)
+        net.wait(0.0)
+        if not is_late:
+            net.wait(RELAY_AFTER_S)
+        lima.feed(TrainingFinished())
+        tokyo.feed(TrainingFinished())
+        net.settle()
+        if is_late:
+            assert not tokyo.gossip.students_finished and not lima.gossip.teachers_told
+            net.wait(RELAY_AFTER_S)
+
+        assert tokyo.gossip.students_finished and lima.gossip.teachers_told
+        net.cut("oslo", "lima")
+        assert lima.gossip.teachers_told, "its teacher needs nothing more"
+        assert not any(node.refusals() for node in net.nodes.values())
+
+
+def test_a_student_is_told_its_end_by_way_of_its_relay_only_while_that_is_there(sites: Any) -> None:
+    _, _, lima, net = relayed(sites)
+    net.wait(0.0)
+    net.wait(RELAY_AFTER_S)
+    lima.feed(TrainingFinished())
+    net.settle()
+    assert lima.gossip.teachers_told
+
+    net.cut("oslo", "lima")
+
+    assert not lima.gossip.teachers_told
+
+
+def test_nobody_is_believed_about_a_student_that_has_spoken_for_itself_or_without_relaying_it(
+    sites: Any,
+) -> None:
+    tokyo, lima, oslo = teacher(sites, ("lima",)), student(sites, "lima"), sites.node("oslo")
+    net = sites.net(tokyo, lima, oslo)
+    net.settle()
+    net.cut("tokyo", "lima")
+    tokyo.receive("oslo", Follow("tokyo", None, 0))
+    tokyo.receive("oslo", Finished("lima"))
+    assert not tokyo.gossip.students_finished
+
+    never_met = teacher(sites, ("lima",))
+    sites.net(never_met, sites.node("oslo")).settle()
+    never_met.receive("oslo", Finished("lima"))
+    assert not never_met.gossip.students_finished, "oslo relays nobody"
+    never_met.receive("oslo", Follow("tokyo", None, 0))
+    never_met.receive("oslo", Finished("lima"))
+    assert never_met.gossip.students_finished
+
+
+def test_the_manifests_of_an_origin_take_no_more_memory_than_a_path_may(
+    sites: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = sites.chain("tokyo", 6)
+    cap_bytes = sum(len(frame.signed.body) for frame in chain[-3:])
+    monkeypatch.setattr("p2pcodistill.gossip.sharing.MAX_PLAN_MANIFEST_BYTES", cap_bytes)
+    tokyo, berlin, lima = teacher(sites), student(sites, "berlin"), student(sites, "lima")
+    net = sites.net(tokyo, berlin, lima, apart=[("tokyo", "lima"), ("berlin", "lima")])
+    for frame in chain:
+        tokyo.publish(frame)
+        net.settle()
+    assert berlin.store.held("tokyo") == chain[-1].version
+
+    net.connect("berlin", "lima")
+    net.settle()
+    for step, path in ((3, [2, 1, 0]), (2, [])):
+        berlin.receive("lima", CatchUp(Version(1, step), origin="tokyo"))
+        told = [message for _, message in berlin.take_messages()]
+        assert [message.num_more for message in told if isinstance(message, Announce)] == path
+        assert (NoPath("tokyo") in told) == (not path)
+    restarted = student(sites, "berlin", store=berlin.store)
+    sites.net(restarted, student(sites, "lima")).settle()
+    restarted.receive("lima", CatchUp(Version(1, 2), origin="tokyo"))
+    assert restarted.take_messages() == [("lima", NoPath("tokyo"))]

@@ -137,6 +137,26 @@ def test_a_path_takes_the_place_of_the_plan_and_keeps_what_is_being_fetched(at_5
     assert at_5.plan.asked is None
 
 
+def test_where_a_path_ends_below_what_is_announced_the_rest_is_asked_for(at_5: Planned) -> None:
+    at_5.announce(at_5.delta(9))
+    assert at_5.plan.ask("oslo", origin="tokyo") == CatchUp(at(5), origin="tokyo")
+
+    at_5.plan.follow("oslo", [at_5.delta(step) for step in (6, 7)])
+
+    assert at_5.steps == [6, 7]
+    assert at_5.plan.ask("oslo", origin="tokyo") is None, "first what there is"
+    at_5.fetch().store(held=6)
+    assert at_5.plan.ask("oslo", origin="tokyo") is None
+    at_5.fetch().store(held=7)
+    assert at_5.plan.ask("lima", origin="tokyo") == CatchUp(at(7), origin="tokyo")
+    at_5.plan.follow("lima", [at_5.delta(7)])
+    assert at_5.plan.ask("tokyo") == CatchUp(at(7)), "that was nothing new"
+    at_5.plan.follow("tokyo", [at_5.delta(8), at_5.delta(9)])
+    at_5.fetch().store(held=8)
+    at_5.fetch().store(held=9)
+    assert at_5.plan.ask("tokyo") is None
+
+
 def test_a_path_by_a_keyframe_comes_after_what_is_being_fetched(at_5: Planned) -> None:
     at_5.announce(at_5.delta(6)).fetch().announce(at_5.delta(9))
     at_5.plan.ask("tokyo")

@@ -43,7 +43,13 @@ from p2pcodistill.gossip.protocol import (
     TrainingFinished,
     members_digest,
 )
-from p2pcodistill.telemetry import FrameFetched, PeerConnected, PeerDisconnected, Refused, VersionAnnounced
+from p2pcodistill.telemetry.node_events import (
+    FrameFetched,
+    PeerConnected,
+    PeerDisconnected,
+    Refused,
+    VersionAnnounced,
+)
 
 
 def hello_of(node: Any, **changes: Any) -> Hello:

@@ -1,7 +1,7 @@
 """Three sites and a relay, any order of deliveries, and every fault that links, disks, ranks and neighbours have in stock.
 
-Two of the sites have a teacher in common and tell each other of its frames; oslo only passes frames on. At times one site
-cannot reach its teacher at all, even in the end.
+Two of the sites have a teacher in common and tell each other of its frames; all relay, and oslo does nothing else. At times
+one site cannot reach its teacher at all, even in the end.
 
 The machine checks what must hold at every moment (`conftest.Node` asserts that nothing unverified is stored or offered, that
 every want stays within the window and that every offer is a chain that leads further than the one before; no honest message
@@ -44,7 +44,7 @@ from p2pcodistill.gossip.protocol import (
     Ticked,
     TrainingFinished,
 )
-from p2pcodistill.telemetry import FrameFetched, PeerQuarantined
+from p2pcodistill.telemetry.node_events import FrameFetched, FrameRelayed, PeerQuarantined
 
 TEACHERS = {"berlin": ("tokyo", "lima"), "tokyo": ("berlin",), "lima": ("tokyo",)}
 SITES = tuple(TEACHERS)
@@ -106,7 +106,7 @@ class Network(RuleBasedStateMachine):
             store=store,
             window_bytes=3 * MIN_CHUNK_BYTES,
             students_of=STUDENTS,
-            relay=site == RELAY,
+            relay=True,
         )
 
     def raise_incarnations(self, *sites: str) -> None:
@@ -128,7 +128,7 @@ class Network(RuleBasedStateMachine):
         node.num_keyframes_requested = 0
         fetched = [event.kind for event in node.events if isinstance(event, FrameFetched)]
         self.faults["delta frame fetched"] += fetched.count("delta")
-        self.faults["fetched to pass it on"] += len(fetched) if site == RELAY else 0
+        self.faults["fetched to pass it on"] += sum(isinstance(event, FrameRelayed) for event in node.events)
         self.faults["quarantine"] += sum(isinstance(event, PeerQuarantined) for event in node.events)
         refused = [reason for _, reason in node.refusals()]
         self.faults.update(refused)
@@ -182,21 +182,21 @@ class Network(RuleBasedStateMachine):
 
     def settle(self) -> None:
         """Deliver everything, make what keyframes are wanted; let time pass until nothing more comes of it."""
-        num_quiet = 0
-        num_rounds = 0
+        num_quiet = num_rounds = num_turns = 0
         while num_quiet < 3:
             num_rounds += 1
             assert num_rounds < 200, "they do not come to rest"
             for site in SITES:
                 self.oblige(site, num_chunks=5)
-            busy = [(link, lane) for link in LINKS for lane in Lane if self.queues[link][lane]]
             num_quiet += 1
-            for link, lane in busy:
-                while self.queues[link][lane]:
+            while busy := [(link, lane) for link in LINKS for lane in Lane if self.queues[link][lane]]:
+                for link, lane in busy:
                     message = decode_message(self.queues[link][lane][0])
                     if not isinstance(message, Follow | Unfollow):  # a relay is looked for for ever
                         num_quiet = 0
                     self.deliver_one(link, lane)
+                num_turns += 1
+                assert num_turns < 10_000, "they go on for ever"
             self.now_s += 1e6  # beyond any patience
             for site in NODES:
                 self.feed(site, Ticked())
@@ -212,7 +212,7 @@ class Network(RuleBasedStateMachine):
 
     # --- the plain way -----------------------------------------------------------------------------------------
 
-    @rule(site=names, num_chunks=st.integers(1, 7), steps=st.integers(1, 3))
+    @rule(site=names, num_chunks=st.sampled_from([1, 1, 1, 2, 3, 5, 7]), steps=st.integers(1, 3))
     def publish(self, site: str, num_chunks: int, steps: int) -> None:
         """The next frame of a chain: a keyframe if it is the first of this launch, else a delta frame."""
         node = self.nodes[site]

@@ -21,7 +21,7 @@ from p2pcodistill.gossip.events import (
 )
 from p2pcodistill.gossip.messages import MAX_WANT_INDICES, CatchUp, Chunk, Want, decode_message
 from p2pcodistill.gossip.transfer import Transfers
-from p2pcodistill.telemetry import Refused
+from p2pcodistill.telemetry.node_events import Refused
 
 CHUNK = MIN_CHUNK_BYTES
 STALL_S = 10.0

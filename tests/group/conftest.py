@@ -18,24 +18,25 @@ from p2pcodistill.config import (
     FramesConfig,
     GroupConfig,
     GroupSpec,
-    LanguageModelConfig,
     TrainingConfig,
 )
 from p2pcodistill.errors import MalformedError
 from p2pcodistill.group import exchange as exchange_module
-from p2pcodistill.group.link import (
+from p2pcodistill.group.link import NodeLink
+from p2pcodistill.group.link_messages import (
     EventHappened,
     FrameOffer,
     FrameReady,
     FrameTaken,
     Joined,
-    NodeLink,
     NodeOrder,
     RankMessage,
     VersionKnown,
     Welcome,
 )
-from p2pcodistill.telemetry import Event, from_record
+from p2pcodistill.task_configs import LanguageModelConfig
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.records import from_record
 
 torch.set_num_threads(1)
 
@@ -149,11 +150,9 @@ def spec(stub_node: StubNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         error_path=tmp_path / "error.txt",
         teachers=({},),
         num_students=1,
-        shard_index=0,
-        num_shards=1,
         group=GroupConfig(device="cpu"),
         task=LanguageModelConfig(
-            data=(data,), embedding_size=8, hidden_size=16, window_bytes=8, max_held_out_bytes=600
+            data=(data,), embedding_size=8, hidden_size=16, window_tokens=8, max_held_out_bytes=600
         ),
         training=TrainingConfig(
             num_steps=12,

@@ -24,7 +24,7 @@ from p2pcodistill.config import GROUP_SPEC_VARIABLE, FramesConfig, GroupSpec
 from p2pcodistill.errors import ConfigError, GroupError
 from p2pcodistill.group import exchange as exchange_module
 from p2pcodistill.group.exchange import GroupExchange, join, read_group_spec
-from p2pcodistill.group.link import (
+from p2pcodistill.group.link_messages import (
     FrameOffer,
     FrameOffered,
     FrameTaken,
@@ -33,7 +33,7 @@ from p2pcodistill.group.link import (
     StopRequested,
     VersionKnown,
 )
-from p2pcodistill.telemetry import Evaluated, TeacherGated, TeacherRefused, TeacherSwapped
+from p2pcodistill.telemetry.training_events import Evaluated, TeacherGated, TeacherRefused, TeacherSwapped
 
 MAX_FRAME_BYTES = 1 << 20
 

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pcodistill.errors import GroupError, MalformedError
-from p2pcodistill.group.link import (
+from p2pcodistill.group.link import NodeLink, RankLink
+from p2pcodistill.group.link_messages import (
     ChainBroken,
     EventHappened,
     FrameOffer,
@@ -24,8 +25,6 @@ from p2pcodistill.group.link import (
     KeyframeWanted,
     Left,
     LinksMeasured,
-    NodeLink,
-    RankLink,
     ReferenceReady,
     StopRequested,
     TrustChanged,
@@ -34,7 +33,8 @@ from p2pcodistill.group.link import (
     decode_link_message,
     encode_link_message,
 )
-from p2pcodistill.telemetry import Evaluated, to_record
+from p2pcodistill.telemetry.records import to_record
+from p2pcodistill.telemetry.training_events import Evaluated
 
 OFFER = FrameOffer("tokyo", 1, 50, "/store", ((1, 0, "a.frame"), (1, 50, "b.frame")))
 READY = FrameReady("/out/50.frame", 50, 0, "ternary+pco", b"h" * 32, 2000)

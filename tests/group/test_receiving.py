@@ -24,7 +24,7 @@ from p2pcodistill.errors import (
     SchemaMismatchError,
 )
 from p2pcodistill.group import receiving
-from p2pcodistill.group.link import ChainBroken, ReferenceReady
+from p2pcodistill.group.link_messages import ChainBroken, ReferenceReady
 from p2pcodistill.group.receiving import FrameReceiver
 
 WAIT_S = 30.0

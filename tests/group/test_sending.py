@@ -16,9 +16,10 @@ from p2pcodistill.checkpoint.encoder import EncodedFrame, FrameEncoder
 from p2pcodistill.checkpoint.reference import Reference
 from p2pcodistill.checkpoint.snapshot import Snapshot, take_snapshot
 from p2pcodistill.config import FramesConfig
-from p2pcodistill.group.link import EventHappened, FrameReady, FrameTaken
+from p2pcodistill.group.link_messages import EventHappened, FrameReady, FrameTaken
 from p2pcodistill.group.sending import FrameSender
-from p2pcodistill.telemetry import Evaluated, SnapshotSkipped, from_record
+from p2pcodistill.telemetry.records import from_record
+from p2pcodistill.telemetry.training_events import Evaluated, SnapshotSkipped
 
 WAIT_S = 30.0
 MAX_FRAME_BYTES = 1 << 24

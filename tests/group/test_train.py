@@ -22,10 +22,12 @@ from p2pcodistill.config import GROUP_SPEC_VARIABLE, FramesConfig, GroupConfig, 
 from p2pcodistill.errors import GroupError
 from p2pcodistill.group import exchange as exchange_module
 from p2pcodistill.group import train as train_module
-from p2pcodistill.group.link import FrameOffer, Left, RankLink, StopRequested, VersionKnown
-from p2pcodistill.group.train import choose_device, choose_precision, learning_rate, main, train
-from p2pcodistill.tasks.language_model import ByteLSTM, LanguageModelTask
-from p2pcodistill.telemetry import (
+from p2pcodistill.group.link import RankLink
+from p2pcodistill.group.link_messages import FrameOffer, Left, StopRequested, VersionKnown
+from p2pcodistill.group.train import choose_device, choose_precision, main, train
+from p2pcodistill.tasks.language_model import LanguageModelTask
+from p2pcodistill.tasks.recurrent import LSTMModel
+from p2pcodistill.telemetry.training_events import (
     Evaluated,
     SnapshotSkipped,
     StepMeasured,
@@ -44,7 +46,7 @@ def write_frame(
     folder: Path, spec: GroupSpec, origin: str = "tokyo", *, is_ruined: bool = False
 ) -> FrameOffer:
     """A keyframe of step 100 of a teacher, offered; a ruined one is sure of whatever it says."""
-    model = ByteLSTM(spec.task)
+    model = LSTMModel(spec.task)
     if is_ruined:
         with torch.no_grad():
             model.readout.weight.mul_(1000)
@@ -126,7 +128,7 @@ def test_a_run_tells_its_story_and_leaves_a_model(spec: GroupSpec, run: Any, stu
     skipped = [event.step for event in events if isinstance(event, SnapshotSkipped)]
     assert sorted(published + skipped) == [5, 10, 12] and published[-1] == 12, "the last step is published"
     assert isinstance(stub_node.messages[-1], Left), "everything was handed over before the end"
-    load_model(ByteLSTM(spec.task), spec.model_path)
+    load_model(LSTMModel(spec.task), spec.model_path)
 
 
 def test_the_loss_falls(spec: GroupSpec, run: Any, stub_node) -> None:
@@ -179,14 +181,77 @@ def test_a_teacher_whose_news_do_not_arrive_is_over_the_limit_on_staleness(
     assert all(event.distillation_loss is None for event in measured)
 
 
+def test_the_average_is_evaluated_and_kept_beside_the_last_weights(
+    spec: GroupSpec, run: Any, stub_node, tmp_path: Path
+) -> None:
+    spec = with_training(spec, learning_rate=5e-2, learning_rate_schedule="constant")
+    last = run(in_folder(spec, tmp_path / "last"))
+    without = [event for event in stub_node.events if isinstance(event, Evaluated)]
+    average = run(in_folder(with_training(spec, average_decay=0.9), tmp_path / "average"))
+    beside = [event for event in stub_node.events if isinstance(event, Evaluated)]
+    assert not torch.equal(average["readout.weight"], last["readout.weight"])
+    assert [event.metrics["unaveraged_loss"] for event in beside] == [event.val_loss for event in without]
+    assert all(event.val_loss != event.metrics["unaveraged_loss"] for event in beside)
+    model = LSTMModel(spec.task)
+    model.load_state_dict(average)
+    assert LanguageModelTask(spec, rank=0, num_ranks=1, device=torch.device("cpu")).evaluate(
+        model
+    ).loss == pytest.approx(beside[-1].val_loss)
+
+
+def test_smoothed_labels_change_what_is_learnt_but_not_how_it_is_measured(
+    spec: GroupSpec, run: Any, stub_node, tmp_path: Path
+) -> None:
+    def first_loss() -> float:
+        return next(event.loss for event in stub_node.events if isinstance(event, StepMeasured))
+
+    spec = with_training(spec, report_interval_steps=1)
+    plain = run(in_folder(spec, tmp_path / "plain"))
+    loss = first_loss()
+    smoothed = run(in_folder(with_training(spec, label_smoothing=0.2), tmp_path / "smoothed"))
+    assert first_loss() == loss
+    assert not torch.equal(plain["readout.weight"], smoothed["readout.weight"])
+
+
+def test_sites_that_share_a_seed_of_initialisation_start_from_the_same_model(
+    spec: GroupSpec, launch: Launch
+) -> None:
+    def begin(**changes: Any) -> train_module.Training:
+        launch(with_training(spec, **changes))
+        return train_module.Training(with_training(spec, **changes), torch.device("cpu"), None)
+
+    one, other = begin(seed=1, initialisation_seed=7), begin(seed=2, initialisation_seed=7)
+    third = begin(seed=2)
+    assert_same_model(one.model.state_dict(), other.model.state_dict())
+    assert not torch.equal(
+        other.model.state_dict()["readout.weight"], third.model.state_dict()["readout.weight"]
+    )
+    assert not torch.equal(one._task.next_batch()[0], other._task.next_batch()[0]), "in another order"
+
+
 # --- stopping and resuming -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"precision": "bfloat16"},
+    {"average_decay": 0.9, "label_smoothing": 0.1, "label_smoothing_prior": "unigram"},
+    {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "learning_rate_drops": ((12, 0.1),)},
+    {"optimizer": "adagrad", "weight_decay": 1e-2, "weight_decay_changes": ((12, 1e-3),)},
+    {"weight_decay": 1e-2, "decay_norms_and_biases": False, "learning_rate_schedule": "linear"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ", ".join(options) or "defaults")
 def test_a_crashed_run_resumes_bit_for_bit(
-    spec: GroupSpec, run: Any, stub_node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+    spec: GroupSpec,
+    run: Any,
+    stub_node,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
 ) -> None:
-    spec = with_training(spec, num_steps=20, checkpoint_interval_steps=10, precision=precision)
+    spec = with_training(spec, num_steps=20, checkpoint_interval_steps=10, **options)
     straight = run(in_folder(spec, tmp_path / "straight"))
     crashed = in_folder(spec, tmp_path / "crashed")
     with monkeypatch.context() as patch:
@@ -400,22 +465,6 @@ def test_main_trains(spec: GroupSpec, launch: Launch, stub_node, monkeypatch: py
 
 
 # --- choices -------------------------------------------------------------------------------------------------
-
-
-def test_the_cosine_starts_at_the_peak_and_ends_near_zero() -> None:
-    config = TrainingConfig(num_steps=100, learning_rate=2.0)
-    rates = [learning_rate(config, step) for step in range(100)]
-    assert rates[0] == 2.0
-    assert rates == sorted(rates, reverse=True)
-    assert rates[50] == pytest.approx(1.0)
-    assert 0 < rates[-1] < 1e-3
-
-
-def test_warm_up_and_constant_rate() -> None:
-    config = TrainingConfig(
-        num_steps=100, learning_rate=2.0, learning_rate_schedule="constant", warmup_steps=4
-    )
-    assert [learning_rate(config, step) for step in (0, 1, 3, 4, 99)] == [0.5, 1.0, 2.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize(

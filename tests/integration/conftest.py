@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import shutil
 import signal
 import socket
 import string
@@ -21,7 +20,8 @@ import tomli_w
 
 from p2pcodistill.group.lifeline import adopt_orphans
 from p2pcodistill.identity import Identity
-from p2pcodistill.telemetry import EventTail, Record
+from p2pcodistill.telemetry.log import EventTail
+from p2pcodistill.telemetry.records import Record
 
 DEADLINE_S = 100.0
 TINY = {
@@ -29,7 +29,7 @@ TINY = {
         "embedding_size": 8,
         "hidden_size": 16,
         "num_layers": 1,
-        "window_bytes": 16,
+        "window_tokens": 16,
         "max_held_out_bytes": 4096,
     },
     "training": {
@@ -90,12 +90,6 @@ class Site:
                 peer.pop("address", None)
                 peer |= {"address": address} if address else {}
         self.write(table)
-
-    def forget_all(self) -> None:
-        """As if the machine were replaced: nothing but the site's file, data and identity is there."""
-        shutil.rmtree(self.run_folder)
-        self.records = []
-        self._tail = EventTail(self.run_folder / "events.jsonl")
 
     def model_bytes(self) -> bytes:
         return (self.run_folder / "model.safetensors").read_bytes()
@@ -200,16 +194,6 @@ class Sites:
             site.write(merged(TINY, own, tables))
         self.all += made
         return made
-
-    def twin(self, site: Site) -> Site:
-        """Another machine with the identity of `site`, which nobody but the two of them knows of."""
-        folder = self.folder / f"twin-of-{site.name}"
-        folder.mkdir()
-        twin = Site(folder, site.name, free_ports(1)[0], site.identity)
-        site.identity.save(folder / f"{site.name}.key")
-        twin.write(tomllib.loads(site.file.read_text()) | {"listen": f"tcp://127.0.0.1:{twin.port}"})
-        self.all.append(twin)
-        return twin
 
     def elsewhere(self, name: str) -> Sites:
         """A folder of its own, where sites of the same names can be made; cleaned with this one."""

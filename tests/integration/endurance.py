@@ -55,13 +55,13 @@ async def survive_kills(
         site = made[number % len(made)]
         part = PARTS[number // len(made) % len(PARTS)]
         await asyncio.sleep(rng.uniform(0, 2))  # the random moment, within start-ups too
+        tree = site.tree()[1:]  # before: a dead node has no children any more
         if not kill_part(site, part):
             part = PARTS[0]
             site.kill()
         kills[part] += 1
         tell(f"kill {number + 1} of {num_kills}: {part} of {site.name}")
         if part == PARTS[0]:
-            tree = site.tree()[1:]
             await site.wait()
             await asyncio.to_thread(psutil.wait_procs, tree, timeout=20)
             assert not [process for process in tree if process.is_running()], "workers outlived their node"

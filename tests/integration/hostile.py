@@ -14,7 +14,7 @@ from p2pcodistill.checkpoint import encoder
 from p2pcodistill.checkpoint.encoder import FrameEncoder
 from p2pcodistill.checkpoint.manifest import Manifest, SignedManifest, Version, digest_chunks
 from p2pcodistill.checkpoint.snapshot import Snapshot, take_snapshot
-from p2pcodistill.config import FramesConfig, LanguageModelConfig
+from p2pcodistill.config import FramesConfig
 from p2pcodistill.gossip.membership import members_digest
 from p2pcodistill.gossip.messages import (
     PROTOCOL_VERSION,
@@ -29,7 +29,8 @@ from p2pcodistill.gossip.messages import (
     lane_of,
 )
 from p2pcodistill.identity import Identity
-from p2pcodistill.tasks.language_model import ByteLSTM
+from p2pcodistill.task_configs import LanguageModelConfig
+from p2pcodistill.tasks.recurrent import LSTMModel
 from p2pcodistill.topology.build import build_topology
 from p2pcodistill.transport.base import Opened, Received
 from p2pcodistill.transport.zeromq import PeerEndpoint, ZeroMQTransport
@@ -122,8 +123,8 @@ async def hostile(tokyo: HostileTokyo) -> AsyncIterator[HostileTokyo]:
 
 def snapshot_of_tiny_model(step: int) -> Snapshot:
     torch.manual_seed(7)
-    config = LanguageModelConfig(embedding_size=8, hidden_size=16, num_layers=1, window_bytes=16)
-    return take_snapshot(ByteLSTM(config), step)
+    config = LanguageModelConfig(embedding_size=8, hidden_size=16, num_layers=1, window_tokens=16)
+    return take_snapshot(LSTMModel(config), step)
 
 
 def encode(snapshot: Snapshot) -> bytes:

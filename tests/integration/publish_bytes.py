@@ -9,7 +9,8 @@ from pathlib import Path
 
 from p2pcodistill.config import GroupSpec
 from p2pcodistill.group.lifeline import die_with_parent
-from p2pcodistill.group.link import FrameReady, RankLink, StopRequested
+from p2pcodistill.group.link import RankLink
+from p2pcodistill.group.link_messages import FrameReady, StopRequested
 
 die_with_parent()
 spec = GroupSpec.model_validate_json(Path(os.environ["P2PCODISTILL_GROUP"]).read_text())

@@ -111,7 +111,7 @@ async def test_a_signal_stops_at_a_step_boundary_and_the_same_command_goes_on(si
 
 STUBBORN = """
 import signal, torch, p2pcodistill
-from p2pcodistill.telemetry import PeerConnected
+from p2pcodistill.telemetry.node_events import PeerConnected
 p2pcodistill.join(torch.nn.Linear(1, 1)).report(PeerConnected("the script itself"))
 signal.pause()
 """
@@ -176,7 +176,7 @@ async def test_a_full_disk_ends_the_node_with_one_line_and_keeps_what_was_comple
 
 HOARD = """
 import torch, p2pcodistill
-from p2pcodistill.telemetry import SnapshotSkipped
+from p2pcodistill.telemetry.training_events import SnapshotSkipped
 codistiller = p2pcodistill.join(torch.nn.Linear(1, 1))
 for step in range(10_000):
     codistiller.report(SnapshotSkipped(step, "x" * 100))

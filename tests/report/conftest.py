@@ -9,9 +9,8 @@ import pytest
 
 from p2pcodistill.report.history import SiteHistory
 from p2pcodistill.report.summary import ArmResult, Kind
-from p2pcodistill.telemetry import (
-    Evaluated,
-    Event,
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.node_events import (
     FrameFetched,
     FramePublished,
     GroupExited,
@@ -19,14 +18,16 @@ from p2pcodistill.telemetry import (
     NodeStarted,
     NodeStopped,
     PeerConnected,
-    Record,
+    TrafficMeasured,
+    VersionAnnounced,
+)
+from p2pcodistill.telemetry.records import Record, to_record
+from p2pcodistill.telemetry.training_events import (
+    Evaluated,
     StepMeasured,
     TeacherSwapped,
-    TrafficMeasured,
     TrainingEnded,
     TrainingStarted,
-    VersionAnnounced,
-    to_record,
 )
 
 FINAL_LOSSES = {"codistilled": 1.485, "alone": 1.601, "pooled": 1.479}

@@ -6,21 +6,15 @@ from typing import Any
 
 import pytest
 
-from p2pcodistill.report.edges import MAX_LINES, EdgeResults, bytes_sent_by_peer, staleness_over_time
+from p2pcodistill.report.edges import EdgeResults, bytes_sent_by_peer
 from p2pcodistill.report.figures import to_svg
 from p2pcodistill.report.staleness import StalenessTracker
-from p2pcodistill.telemetry import (
-    Event,
-    FaultInjected,
-    FramePublished,
-    NodeStarted,
-    NodeStopped,
-    Record,
-    TeacherSwapped,
-    TrafficMeasured,
-    TrainingEnded,
-    to_record,
-)
+from p2pcodistill.report.staleness_figures import MAX_LINES, staleness_picture
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.node_events import FramePublished, NodeStarted, NodeStopped, TrafficMeasured
+from p2pcodistill.telemetry.records import Record, to_record
+from p2pcodistill.telemetry.simulation_events import FaultInjected
+from p2pcodistill.telemetry.training_events import TeacherSwapped, TrainingEnded
 
 
 def record(time_s: float, event: Event) -> Record:
@@ -115,19 +109,19 @@ def test_edges_are_listed_with_their_bytes_and_drawn() -> None:
     (edge,) = results.rows
     assert (edge.teacher, edge.student, edge.num_bytes, edge.num_versions) == ("berlin", "tokyo", 1234, 3)
     assert edge.max_staleness_steps == 10
-    figure = staleness_over_time(results, {"berlin": "#123456"})
+    figure = staleness_picture(results, {"berlin": "#123456"}, with_timeline=True)
     assert figure is not None
     picture = to_svg(figure, "versions")
     assert "berlin → tokyo" in picture and "#123456" in picture
-    assert staleness_over_time(EdgeResults.of({"berlin": BERLIN}), {}) is None
+    assert staleness_picture(EdgeResults.of({"berlin": BERLIN}), {}, with_timeline=True) is None
 
 
 def test_many_edges_are_drawn_as_their_mean() -> None:
     students = {f"s{index}": TOKYO for index in range(MAX_LINES + 1)}
     results = EdgeResults.of({"berlin": BERLIN} | students)
-    figure = staleness_over_time(results, {})
+    figure = staleness_picture(results, {}, with_timeline=True)
     assert figure is not None
-    (mean, top) = figure.axes[0].get_lines()
+    (top, mean) = figure.axes[0].get_lines()
     heights = dict(zip(mean.get_xdata(), mean.get_ydata(), strict=True))
     assert max(heights.values()) == max(top.get_ydata()) == 10
     assert heights[min(heights)] == 0

@@ -13,16 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Annotation, Text
 
-from p2pcodistill.report.figures import (
-    learning_curves,
-    save_png,
-    site_colours,
-    staleness_and_lag,
-    to_svg,
-    traffic,
-)
+from p2pcodistill.report.ages import staleness_and_lag
+from p2pcodistill.report.figures import save_png, site_colours, to_svg
 from p2pcodistill.report.history import SiteHistory
+from p2pcodistill.report.learning_curves import learning_curves
 from p2pcodistill.report.summary import ArmResult, summarise
+from p2pcodistill.report.traffic import traffic
 
 SITES = ("berlin", "tokyo", "paris", "oslo")
 

@@ -8,24 +8,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pcodistill.report.history import Fetched, SiteHistory, TeacherTracker, TrafficTotals, read_event
-from p2pcodistill.telemetry import (
-    Evaluated,
-    Event,
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.node_events import (
     FrameFetched,
     FramePublished,
     GroupStarted,
     NodeStarted,
     Refused,
+    TrafficMeasured,
+    VersionAnnounced,
+)
+from p2pcodistill.telemetry.records import to_record
+from p2pcodistill.telemetry.training_events import (
+    Evaluated,
     StepMeasured,
     TeacherExpired,
     TeacherGated,
     TeacherRefused,
     TeacherSwapped,
-    TrafficMeasured,
     TrainingEnded,
     TrainingStarted,
-    VersionAnnounced,
-    to_record,
 )
 
 

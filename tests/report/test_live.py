@@ -11,22 +11,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from p2pcodistill.report.live import LiveView, PlainView, make_view, screen
+from p2pcodistill.report.live import LiveView, make_view
+from p2pcodistill.report.plain import PlainView
 from p2pcodistill.report.progress import Progress
-from p2pcodistill.telemetry import (
-    Evaluated,
+from p2pcodistill.report.screen import screen
+from p2pcodistill.telemetry.node_events import (
     NodeStopped,
     PeerConnected,
     Refused,
+    TrafficMeasured,
+    VersionAnnounced,
+)
+from p2pcodistill.telemetry.records import to_record
+from p2pcodistill.telemetry.simulation_events import FaultInjected, SyntheticMeasured
+from p2pcodistill.telemetry.training_events import (
+    Evaluated,
     StepMeasured,
     TeacherExpired,
     TeacherGated,
     TeacherReadmitted,
     TeacherSwapped,
-    TrafficMeasured,
     TrainingStarted,
-    VersionAnnounced,
-    to_record,
 )
 
 TRAINING_STARTED = TrainingStarted(0, 2000, 1000, 1, "cpu", "float32")
@@ -273,3 +278,24 @@ def test_the_live_view_costs_a_node_nothing_heavy():
     heavy = "{'matplotlib', 'jinja2', 'torch', 'numpy'}"
     code = f"import sys, p2pcodistill.report.live; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_whole_simulation_without_training_is_one_line_with_what_there_is_to_show(stream):
+    measured = SyntheticMeasured(1200, 2000, 1000, 998, 34.2, 150, 0.9655, 312_000, 12_300_000_000)
+    fault = FaultInjected("7", "kill", 800)
+    progress = site_progress(measured, fault)
+    lines = plain(screen("title", {"synthetic": {"1000 sites": progress}}, 100, 20))
+    assert lines[2].split() == ["site", "state", "step", "steps", "sent"]
+    assert lines[4].split()[:2] == ["1000", "sites"] and lines[4].endswith("34, at most 150  12.3 GB")
+    assert "1200/2000" in lines[4] and "━" in lines[4]
+    told = "998 sites up, 97 % of all pairs of sites know of each other, 312,000 versions delivered"
+    assert lines[5] == f"synthetic: {told}"
+    assert lines[6].endswith("the last: kill of 7 at step 800")
+    view = PlainView("title", stream)
+    view.update("synthetic", "1000 sites", to_record(measured))
+    view.update("synthetic", "1000 sites", to_record(fault))
+    assert stream.getvalue().splitlines() == [
+        "synthetic 1000 sites: simulating, step 1200/2000, teachers 34, at most 150 steps stale, "
+        f"{told}, sent 12.3 GB",
+        "synthetic 1000 sites: fault: kill of 7 at step 800",
+    ]

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pcodistill.report.progress import MAX_SENTENCE_CHARACTERS, Progress, describe, duration, printable
-from p2pcodistill.telemetry import (
-    Evaluated,
-    Event,
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.node_events import (
     FramePublished,
     GroupExited,
     GroupStarted,
@@ -19,17 +18,20 @@ from p2pcodistill.telemetry import (
     PeerConnected,
     PeerDisconnected,
     Refused,
+    TrafficMeasured,
+    VersionAnnounced,
+)
+from p2pcodistill.telemetry.records import to_record
+from p2pcodistill.telemetry.training_events import (
+    Evaluated,
     StepMeasured,
     TeacherExpired,
     TeacherGated,
     TeacherReadmitted,
     TeacherRefused,
     TeacherSwapped,
-    TrafficMeasured,
     TrainingEnded,
     TrainingStarted,
-    VersionAnnounced,
-    to_record,
 )
 
 NODE_STARTED = NodeStarted("berlin", "run", "tcp://127.0.0.1:1", 1, ["tokyo"], 1)

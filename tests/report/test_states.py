@@ -55,7 +55,7 @@ def arm() -> ArmResult:
 
 
 def test_each_site_has_the_colour_of_its_state_and_the_legend_counts_them(arm: ArmResult) -> None:
-    figure = states_picture(build_topology("ring", SITES), arm)
+    figure = states_picture(build_topology("ring", SITES), arm.sites)
     assert figure is not None
     picture = to_svg(figure, "states")
     for told in (*SITES, "finished (1)", "finished after faults (2)", "killed (1)"):
@@ -65,7 +65,7 @@ def test_each_site_has_the_colour_of_its_state_and_the_legend_counts_them(arm: A
 
 
 def test_a_row_for_each_site_tells_its_stalest_teacher_and_its_faults(arm: ArmResult) -> None:
-    assert state_rows(arm) == [
+    assert state_rows(arm.sites) == [
         ["berlin", "finished", "60", "20 (lagos)", "–"],
         ["lagos", "finished after faults", "60", "–", "kill at step 10, restart at step 20"],
         ["lima", "killed", "60", "–", "kill at step 10"],
@@ -75,7 +75,7 @@ def test_a_row_for_each_site_tells_its_stalest_teacher_and_its_faults(arm: ArmRe
 
 def test_of_many_sites_those_that_did_not_simply_finish_are_listed(monkeypatch, arm: ArmResult) -> None:
     monkeypatch.setattr("p2pcodistill.report.states.MAX_ROWS", 3)
-    assert [row[0] for row in state_rows(arm)] == ["lagos", "lima", "tokyo"]
+    assert [row[0] for row in state_rows(arm.sites)] == ["lagos", "lima", "tokyo"]
 
 
 @pytest.mark.parametrize(("sites", "is_told"), [(("berlin", "tokyo"), False), (SITES, True)])

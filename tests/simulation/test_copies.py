@@ -16,10 +16,11 @@ from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES
 from p2pcodistill.config import CodistillationConfig, FramesConfig
 from p2pcodistill.group.train import Join
 from p2pcodistill.simulation.copies import Copies
-from p2pcodistill.simulation.scenario import FaultConfig
+from p2pcodistill.simulation.fault_config import FaultConfig
 from p2pcodistill.simulation.shaping import LinkShape
 from p2pcodistill.simulation.virtual.run import VirtualSettings
-from p2pcodistill.telemetry import Event, to_record
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.records import to_record
 from p2pcodistill.topology.build import build_topology
 
 NUM_STEPS = 120

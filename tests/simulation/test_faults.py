@@ -6,9 +6,17 @@ from typing import Any
 
 import pytest
 
-from p2pcodistill.config import parse_model
-from p2pcodistill.simulation.faults import FaultSchedule, Partitions, absentees, joiners
-from p2pcodistill.simulation.scenario import FaultConfig
+from p2pcodistill.simulation.fault_config import FaultConfig
+from p2pcodistill.simulation.faults import (
+    FaultSchedule,
+    Partitions,
+    absentees,
+    afflicted,
+    joiners,
+    told,
+)
+from p2pcodistill.strict import parse_model
+from p2pcodistill.telemetry.simulation_events import FaultInjected
 
 
 def fault(kind: str, *sites: str, **more: Any) -> FaultConfig:
@@ -38,7 +46,7 @@ def test_a_fault_is_due_at_its_time_or_with_the_first_of_its_sites() -> None:
     assert (schedule.next_s, schedule.pending) == (None, ())
 
 
-@pytest.mark.parametrize("kind", ["restart", "heal", "join"])
+@pytest.mark.parametrize("kind", ["restart", "replace", "heal", "join"])
 def test_what_brings_a_site_back_waits_for_any_site(kind: str) -> None:
     schedule = FaultSchedule([fault(kind, "a", at_step=10)])
     assert due(schedule, a=0, b=9) == []
@@ -65,9 +73,21 @@ def test_who_is_there_at_the_start_and_at_the_end() -> None:
         fault("join", "c", at_step=2),
         fault("leave", "d", at_step=2),
         fault("restart", "b", at_step=3),
+        fault("hostile", "e", "f", at_step=4, does="flood"),
+        fault("corrupt", "g", at_step=4),
+        fault("replace", "f", at_step=5),
+        fault("partition", "h", at_step=5),
+        fault("slow-down", "i", at_step=5, factor=2),
     ]
     assert joiners(faults) == {"c"}
-    assert absentees(faults) == {"a", "d"}
+    assert absentees(faults) == {"a", "d", "e", "g"}
+    assert afflicted(faults) == set("abcdefgi"), "what is between sites is nobody's own"
+
+
+def test_what_is_told_of_a_fault() -> None:
+    assert told(fault("clock", "a", at_s=1, offset_s=5), "a", 7) == FaultInjected("a", "clock", 7, None, 5.0)
+    hostile = told(fault("hostile", "a", at_s=1, does="flood"), "a", 7)
+    assert (hostile.does, hostile.ends_node) == ("flood", True)
 
 
 def test_partitions_separate_their_sites_from_all_others() -> None:
@@ -83,5 +103,9 @@ def test_partitions_separate_their_sites_from_all_others() -> None:
     ]
     partitions.heal(["a"])
     assert [partitions.separate(*pair) for pair in ("ab", "ad", "ac", "bd")] == [True, False, True, True]
+    partitions.cut_off(["d"], ["e"])
+    assert partitions.separate("e", "d") and not partitions.separate("d", "f")
+    partitions.heal(["d"])
+    assert not partitions.separate("e", "d")
     partitions.heal(["b", "c"])
     assert not any(partitions.separate(*pair) for pair in ("ab", "ac", "bd", "cd"))

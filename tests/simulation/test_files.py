@@ -10,22 +10,25 @@ from typing import Any
 import pytest
 import tomli_w
 
-from p2pcodistill.config import NodeConfig, load_toml, parse_model
-from p2pcodistill.errors import DataError, RunFolderError
+from p2pcodistill.config import NodeConfig
+from p2pcodistill.errors import RunFolderError
 from p2pcodistill.identity import Identity
+from p2pcodistill.simulation.data import ScenarioText, prepare_data
 from p2pcodistill.simulation.files import (
     create_run_folder,
     free_ports,
+    loopback,
     node_files,
     point_latest,
     scenario_toml,
-    split_data,
     write_node_files,
     write_scenario,
 )
 from p2pcodistill.simulation.jobs import make_jobs
 from p2pcodistill.simulation.scenario import ScenarioConfig, load_scenario
-from p2pcodistill.tasks.text import load_site_text
+from p2pcodistill.strict import load_toml, parse_model
+from p2pcodistill.task_configs import LanguageModelConfig
+from p2pcodistill.tasks.site_text import load_site_text
 from p2pcodistill.topology.build import build_topology
 
 NOON = datetime(2030, 1, 2, 12, 0, 0)
@@ -56,69 +59,6 @@ def load(folder: Path, **changes: Any) -> ScenarioConfig:
 @pytest.fixture
 def scenario(corpus: Path) -> ScenarioConfig:
     return load(corpus.parent)
-
-
-# --- text --------------------------------------------------------------------------------------------------------
-
-
-def test_common_text_is_split_between_the_sites(scenario: ScenarioConfig) -> None:
-    text = split_data(scenario)
-    assert text == split_data(scenario)
-    assert list(text.shards) == ["berlin", "tokyo"]
-    assert 900 < len(text.held_out) <= 1000
-    assert all(4900 < len(shard) <= 5000 for shard in text.shards.values())
-    parts = [
-        {line.split()[1] for line in part.splitlines() if line.startswith(b"file ")}
-        for part in (text.held_out, *text.shards.values())
-    ]
-    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
-
-
-def test_a_site_with_text_of_its_own_trains_on_that_and_all_are_judged_on_both(corpus: Path) -> None:
-    for name in ("berlin", "tokyo"):
-        (corpus.parent / name).mkdir()
-        for index in range(40):
-            (corpus.parent / name / f"{index}.txt").write_text(f"{name} says thing {index}\n" * 30)
-    sites = [{"name": name, "data": [name]} for name in ("berlin", "tokyo")]
-    scenario = load(corpus.parent, sites=sites, data={"max_bytes_per_site": 4000, "max_held_out_bytes": 1000})
-    text = split_data(scenario)
-    assert text.shards["berlin"].count(b"berlin") > 50
-    assert b"tokyo" not in text.shards["berlin"]
-    assert text.held_out.count(b"berlin says") > 5
-    assert text.held_out.count(b"tokyo says") > 5
-    assert len(text.held_out) <= 1000
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"training": {"batch_size": 1000}}, "the site berlin: .*corpus: .*batch_size"),
-        ({"group": {"num_ranks": 200}, "training": {"batch_size": 4}}, "the site berlin: .*need 26400"),
-        ({"data": {"paths": ["corpus/file-0.txt", "gone"]}}, "no such file or folder: .*gone"),
-    ],
-)
-def test_too_little_text_is_refused_before_anything_is_written(
-    corpus: Path, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(DataError, match=message):
-        split_data(load(corpus.parent, **changes))
-
-
-def test_the_standard_library_is_the_text_where_none_is_given(corpus: Path) -> None:
-    text = split_data(load(corpus.parent, data={"max_bytes_per_site": 20_000}))
-    assert all(19_000 < len(shard) <= 20_000 for shard in text.shards.values())
-    assert b"import" in text.shards["berlin"]
-
-
-def test_text_without_lines_is_not_torn_inside_characters(corpus: Path) -> None:
-    for index in range(20):
-        (corpus.parent / f"long-{index}.txt").write_text("x" * (index % 3) + "语言模型" * 3000)
-    paths = [f"long-{index}.txt" for index in range(20)]
-    data = {"paths": paths, "max_bytes_per_site": 5000, "max_held_out_bytes": 1000}
-    text = split_data(load(corpus.parent, data=data))
-    for part, max_bytes in [(text.held_out, 1000), *((shard, 5000) for shard in text.shards.values())]:
-        assert part.decode().endswith("\n")
-        assert 0.9 * max_bytes < len(part) <= max_bytes
 
 
 # --- the run folder ----------------------------------------------------------------------------------------------
@@ -155,6 +95,14 @@ def test_the_written_scenario_is_the_scenario(corpus: Path, tmp_path: Path, grou
     assert ("num_threads" in again.group.model_fields_set) == ("num_threads" in group)
 
 
+@pytest.mark.parametrize("name", ["images", "clicks"])
+def test_the_written_scenario_of_another_task_is_the_scenario(tmp_path: Path, name: str) -> None:
+    scenario = load(tmp_path, data={}, task={"name": name, "max_examples": 50})
+    path = tmp_path / "again.toml"
+    path.write_text(scenario_toml(scenario))
+    assert load_scenario(path) == scenario
+
+
 ARMS = [
     {"name": "ternary", "kind": "codistilled", "frames": {"delta": "ternary"}},
     {"name": "average", "kind": "codistilled", "codistillation": {"teacher_average_decay": 0.98}},
@@ -180,7 +128,7 @@ def test_a_topology_file_goes_with_the_run(corpus: Path, tmp_path: Path) -> None
     (corpus.parent / "ours.edgelist").write_text("berlin tokyo\ntokyo berlin\n")
     scenario = load(corpus.parent, topology="ours.edgelist")
     folder = create_run_folder(tmp_path / "runs", "small", NOON)
-    used = write_scenario(scenario, split_data(scenario), folder)
+    used = write_scenario(scenario, prepare_data(scenario), folder)
     (corpus.parent / "ours.edgelist").unlink()
     moved = folder.rename(tmp_path / "moved")
     assert used.topology == str(folder / "topology.edgelist")
@@ -192,7 +140,7 @@ def test_so_do_several(corpus: Path, tmp_path: Path) -> None:
         (corpus.parent / f"{name}.edgelist").write_text(f"{teacher}\n")
     scenario = load(corpus.parent, topology="files:day.edgelist,night.edgelist")
     folder = create_run_folder(tmp_path / "runs", "small", NOON)
-    used = write_scenario(scenario, split_data(scenario), folder)
+    used = write_scenario(scenario, prepare_data(scenario), folder)
     assert used.topology == f"files:{folder}/topology.edgelist,{folder}/topology-2.edgelist"
     again = load_scenario(folder / "scenario.toml")
     assert build_topology(again.topology, again.site_names).schedule_of("tokyo") == ({"berlin": 1.0}, {})
@@ -204,10 +152,12 @@ def test_so_do_several(corpus: Path, tmp_path: Path) -> None:
 def prepare(scenario: ScenarioConfig, run_root: Path) -> tuple[Path, dict[tuple[str, str], NodeConfig]]:
     """Everything written, moved elsewhere, and read back as a node would: (folder, {(run, site): config})."""
     folder = create_run_folder(run_root, scenario.name, NOON)
-    scenario = write_scenario(scenario, split_data(scenario), folder)
+    scenario = write_scenario(scenario, prepare_data(scenario), folder)
     jobs, taken = make_jobs(scenario), set[int]()
     for job in jobs:
-        written = write_node_files(job, scenario, folder, ports=free_ports(len(job.sites), taken=taken))
+        written = write_node_files(
+            job, scenario, folder, addresses=list(map(loopback, free_ports(len(job.sites), taken=taken)))
+        )
         assert written == node_files(job, folder)
         assert all(place.run_folder.is_dir() for place in written)
     folder = folder.rename(run_root / "moved")
@@ -279,17 +229,19 @@ def test_what_an_arm_sets_reaches_its_nodes(corpus: Path, tmp_path: Path) -> Non
 def test_what_the_group_will_read_is_the_split_text_to_the_byte(
     scenario: ScenarioConfig, tmp_path: Path
 ) -> None:
-    text = split_data(scenario)
+    text = prepare_data(scenario)
+    assert isinstance(text, ScenarioText)
     folder, configs = prepare(scenario, tmp_path / "runs")
     for (run, site), config in configs.items():
         nodes = folder / run / "nodes"
+        assert isinstance(config.task, LanguageModelConfig)
         task = config.task.model_copy(
             update={
                 "data": tuple(nodes / path for path in config.task.data),
                 "held_out": tuple(nodes / path for path in config.task.held_out),
             }
         )
-        read = load_site_text(task, shard_index=0, num_shards=1)
+        read = load_site_text(task)
         assert read.held_out == text.held_out
         shards = [text.shards[site]] if site in text.shards else list(text.shards.values())
         assert len(read.train) == sum(map(len, shards))

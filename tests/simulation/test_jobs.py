@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pcodistill.config import parse_model
+from p2pcodistill.simulation.arm_config import ArmConfig
 from p2pcodistill.simulation.jobs import (
     MAX_PLANNED_THREADS,
     Job,
@@ -17,7 +17,8 @@ from p2pcodistill.simulation.jobs import (
     plan,
     startable,
 )
-from p2pcodistill.simulation.scenario import ArmConfig, ScenarioConfig
+from p2pcodistill.simulation.scenario import ScenarioConfig
+from p2pcodistill.strict import parse_model
 
 
 def scenario(**changes: Any) -> ScenarioConfig:

@@ -80,12 +80,41 @@ async def test_only_what_is_shaped_or_cut_off_goes_through_a_relay_and_one_side_
                 writer.close()
 
         assert await connects()
-        links.cut_off(["c"])
+        partition, _ = scenario.faults
+        links.separate(partition)
         assert not await connects()
         links.heal(["c"])
         assert await connects()
         carried = {tuple(event.sites): event.num_cuts for event in links.measure()}
         assert carried.keys() == {("a", "b"), ("b", "c"), ("c", "d")}
+    finally:
+        await links.close()
+        server.close()
+        await server.wait_closed()
+
+
+async def test_a_black_hole_between_two_sites_is_no_black_hole_for_others(tmp_path: Path) -> None:
+    faults = [{"kind": "black-hole", "sites": ["b"], "from_sites": ["c"], "at_s": 0}]
+    scenario, topology = load(tmp_path, faults=faults)
+    server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+    real = f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    links = JobLinks(scenario, topology, dict.fromkeys("abcd", real), seed=0)
+    await links.open()
+    try:
+        assert links.address("a", "b", real) == real, "which needs no relay"
+        links.separate(scenario.faults[0])
+        host, _, port = str(links.address("b", "c", real)).removeprefix("tcp://").partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        over = asyncio.create_task(reader.read())
+        async with asyncio.timeout(10):
+            while True:
+                if links.measure()[0].num_swallowed:
+                    break
+                await asyncio.sleep(0.01)
+        assert not over.done(), "the connection stays"
+        links.heal(["b"])
+        assert await over == b""
+        writer.close()
     finally:
         await links.close()
         server.close()

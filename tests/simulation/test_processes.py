@@ -18,7 +18,7 @@ import pytest
 import tomli_w
 
 from p2pcodistill.errors import ConfigError, DataError, GroupError
-from p2pcodistill.simulation import job_run, processes
+from p2pcodistill.simulation import job_run, outcome, processes
 from p2pcodistill.simulation.processes import simulate
 
 REPOSITORY = Path(__file__).parents[2]
@@ -30,8 +30,9 @@ FAKE_NODE = """
 import json, os, signal, sys, time, tomllib
 from pathlib import Path
 from p2pcodistill.group.lifeline import die_with_parent
-from p2pcodistill.telemetry import (
-    EventLog, Evaluated, NodeStarted, NodeStopped, StepMeasured, TrafficMeasured, TrainingEnded, TrainingStarted)
+from p2pcodistill.telemetry.log import EventLog
+from p2pcodistill.telemetry.node_events import NodeStarted, NodeStopped, TrafficMeasured
+from p2pcodistill.telemetry.training_events import Evaluated, StepMeasured, TrainingEnded, TrainingStarted
 
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 flag, parent_pid, file = sys.argv[1:]
@@ -243,7 +244,7 @@ def test_all_arms_finish_and_are_reported(simulation: Simulation) -> None:
     ]
     report = (folder / "report.html").read_text()
     assert "max_bytes_per_site" in report, "the configuration is in the report"
-    assert processes.versions(2)["torch"] in report
+    assert outcome.versions(2)["torch"] in report
     assert f"{folder.name}/summary.json" in shown
     assert f"{folder.name}/report.html" in shown
     assert "codistilled" in shown
@@ -350,6 +351,19 @@ def test_a_node_that_does_not_stop_is_killed_when_its_time_is_up(
     assert status == 128 + signal.SIGINT
 
 
+FAKE_HOSTILE_NODE = """
+import pathlib, signal, sys, tomllib
+from p2pcodistill.telemetry.log import EventLog
+from p2pcodistill.telemetry.training_events import StepMeasured
+deed, _, _, file = sys.argv[1:]
+file = pathlib.Path(file)
+pathlib.Path(__file__).with_name("deed").write_text(deed)
+events = EventLog(file.parent / tomllib.loads(file.read_text())["run_folder"] / "events.jsonl")
+events.write(StepMeasured(60, 4.5, None, 1e-3, 20.0, 0.01, 2.5))
+signal.pause()
+"""
+
+
 def only_codistilled(simulation: Simulation, *faults: dict[str, Any]) -> None:
     simulation.content["arms"] = [{"name": "codistilled", "kind": "codistilled"}]
     simulation.content["faults"] = list(faults)
@@ -394,6 +408,38 @@ def test_a_site_that_is_gone_for_good_does_not_hold_up_the_others(
     assert any("tokyo" in note and "kill at step 50" in note for note in notes)
 
 
+def test_a_site_is_replaced_at_once(simulation: Simulation) -> None:
+    only_codistilled(simulation, {"kind": "replace", "sites": ["tokyo"], "at_step": 50})
+    simulation.behave({"codistilled-seed0/tokyo": "come back"})
+    assert simulation.run()[0] == 0
+    assert faults_told(simulation) == [("replace", "tokyo", 50)]
+    (arm,) = json.loads((simulation.runs / "latest" / "summary.json").read_text())["arms"]
+    assert (arm["sites"]["tokyo"]["num_node_starts"], arm["sites"]["tokyo"]["finished"]) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "deed"), [("hostile", {"does": "flood"}, "flood"), ("corrupt", {}, "ruin")]
+)
+def test_who_turns_bad_is_another_program_that_nobody_waits_for(
+    simulation: Simulation,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kind: str,
+    own: dict[str, Any],
+    deed: str,
+) -> None:
+    monkeypatch.setattr(job_run, "LINGER_S", 0.0)
+    program = tmp_path / "hostile.py"
+    program.write_text(FAKE_HOSTILE_NODE)
+    monkeypatch.setattr(job_run, "HOSTILE_COMMAND", (sys.executable, str(program)))
+    only_codistilled(simulation, {"kind": kind, "sites": ["tokyo"], "at_step": 50} | own)
+    simulation.behave({"codistilled-seed0/tokyo": "come back", "codistilled-seed0/berlin": "stay"})
+    simulation.content["faults"].append({"kind": "kill", "sites": ["tokyo"], "at_step": 60})
+    assert simulation.run()[0] == 0
+    assert (tmp_path / "deed").read_text() == deed
+    assert faults_told(simulation) == [(kind, "tokyo", 50), ("kill", "tokyo", 60)]
+
+
 def test_a_site_joins_when_its_time_has_come(simulation: Simulation) -> None:
     only_codistilled(simulation, {"kind": "join", "sites": ["tokyo"], "at_s": 0.0})
     assert simulation.run()[0] == 0
@@ -419,8 +465,9 @@ def test_a_fault_that_never_came_fails_the_run(
         simulation.run()
 
 
-def test_a_fault_that_comes_when_the_site_has_ended_fails_the_run(simulation: Simulation) -> None:
-    only_codistilled(simulation, {"kind": "kill", "sites": ["tokyo", "berlin"], "at_step": 50})
+@pytest.mark.parametrize("kind", ["kill", "replace"])
+def test_a_fault_that_comes_when_the_site_has_ended_fails_the_run(simulation: Simulation, kind: str) -> None:
+    only_codistilled(simulation, {"kind": kind, "sites": ["tokyo", "berlin"], "at_step": 50})
     simulation.behave({"codistilled-seed0/tokyo": "end", "codistilled-seed0/berlin": "outlast"})
     with pytest.raises(GroupError, match=r"at step 50 came too late: the node of 'tokyo' had ended"):
         simulation.run()

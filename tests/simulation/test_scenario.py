@@ -11,9 +11,9 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pcodistill.config import parse_model
 from p2pcodistill.errors import ConfigError, TopologyError, UserError
 from p2pcodistill.simulation.scenario import ScenarioConfig, load_scenario
+from p2pcodistill.strict import parse_model
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -38,7 +38,7 @@ def test_the_demo_is_the_case_where_codistillation_pays_most() -> None:
     assert scenario.site_names == ("berlin", "tokyo")
     assert [arm.kind for arm in scenario.arms] == ["codistilled", "alone", "pooled"]
     assert (scenario.data.paths, scenario.data.max_bytes_per_site) == ((), 500_000)
-    assert (scenario.task.num_layers, scenario.task.hidden_size, scenario.task.window_bytes) == (2, 256, 32)
+    assert (scenario.task.num_layers, scenario.task.hidden_size, scenario.task.window_tokens) == (2, 256, 32)
     training = scenario.training
     assert (training.num_steps, training.batch_size) == (2000, 32)
     assert (training.learning_rate_schedule, training.evaluation_interval_steps) == ("cosine", 50)
@@ -83,7 +83,7 @@ def test_defaults_fit_any_number_of_sites(tmp_path: Path) -> None:
         ({"seed": 1}, "unknown key 'seed': did you mean 'seeds'"),
         ({"data": {"max_bytes": 1}}, "unknown key 'data.max_bytes': did you mean"),
         ({"task": {"data": ["corpus"]}}, r"task.data is decided .* data.paths"),
-        ({"task": {"held_out": ["corpus"]}}, r"task.held_out is decided .* data.max_held_out_bytes"),
+        ({"task": {"held_out": ["corpus"]}}, r"task.held_out is decided .* data.held_out"),
         ({"task": {"max_data_bytes": 9}}, r"task.max_data_bytes is decided .* data.max_bytes_per_site"),
         ({"group": {"script": "train.py"}}, r"group.script is decided .* p2pcodistill node"),
         ({"task": {"max_held_out_bytes": 9}}, r"max_held_out_bytes is decided .* data.max_held_out_bytes"),
@@ -113,7 +113,10 @@ def test_defaults_fit_any_number_of_sites(tmp_path: Path) -> None:
         ),
         ({"faults": [{"kind": "no-such", "sites": ["berlin"], "at_s": 1}]}, "faults.0.kind: .*'no-such'"),
         ({"faults": [{"kind": "kill", "sites": ["rome"], "at_s": 1}]}, "'rome' has a link or a fault"),
-        ({"faults": [{"kind": "corrupt", "sites": ["tokyo"], "at_s": 1}]}, 'fault "corrupt" is for mode'),
+        (
+            {"faults": [{"kind": "black-hole", "sites": ["tokyo"], "from_sites": ["rome"], "at_s": 1}]},
+            "'rome' has a link or a fault",
+        ),
         (
             {
                 "arms": [{"name": "alone", "kind": "alone"}],
@@ -122,7 +125,7 @@ def test_defaults_fit_any_number_of_sites(tmp_path: Path) -> None:
             "links and faults are those of codistilled arms",
         ),
         ({"virtual": {"step_time_s": 0.5}}, r"\[virtual\] is for mode = \"virtual\""),
-        ({"mode": "virtual", "group": {"num_ranks": 2}}, "each site is one rank on the CPU"),
+        ({"mode": "virtual", "group": {"num_ranks": 2}}, "each site is one rank: remove"),
         ({"mode": "real"}, "mode: .*'real'"),
     ],
 )
@@ -250,6 +253,11 @@ def test_links_and_faults_have_a_settled_schema() -> None:
         (["slow-down 1", "join 2"], "fault 'slow-down' of 'tokyo' at step 1: it does not run by then"),
         (["join 1", "kill 2", "join 3"], "'join' of 'tokyo' at step 3: a site joins once"),
         (["heal 1"], "fault 'heal' of 'tokyo' at step 1: it is not cut off by then"),
+        (["partition 1", "black-hole 2"], "'black-hole' of 'tokyo' at step 2: it is cut off already"),
+        (["kill 1", "impostor 2"], "'impostor' of 'tokyo' at step 2: it does not run by then"),
+        (["impostor 1", "kill 2"], "'kill' of 'tokyo' at step 2: two machines run with its identity"),
+        (["replace 1", "join 2"], "'replace' of 'tokyo' at step 1: it is not there by then"),
+        (["leave 1", "slow-down 2"], "'slow-down' of 'tokyo' at step 2: it does not run by then"),
         (["partition 1", "partition 2"], "fault 'partition' of 'tokyo' at step 2: it is cut off already"),
         (["kill 2", "restart 1"], r"the faults of 'tokyo' in the order in which they happen: .*\[2, 1\]"),
     ],
@@ -266,9 +274,12 @@ def test_faults_that_cannot_follow_each_other_are_refused(faults: list[str], mes
 
 def test_faults_that_can_follow_each_other_are_accepted() -> None:
     kinds = ["join", "kill", "restart", "partition", "corrupt", "leave", "heal", "restart", "partition"]
-    entries = [{"kind": kind, "sites": ["tokyo"], "at_step": 10} for kind in kinds]
-    scenario = parse_model(ScenarioConfig, table(faults=entries, mode="virtual"), source="test")
-    assert [fault.kind for fault in scenario.faults] == kinds
+    kinds += ["kill", "replace", "hostile", "replace", "heal", "black-hole", "clock", "impostor", "heal"]
+    own = {"hostile": {"does": "flood"}, "clock": {"offset_s": -5}}
+    entries = [{"kind": kind, "sites": ["tokyo"], "at_step": 10} | own.get(kind, {}) for kind in kinds]
+    for mode in ("processes", "virtual"):
+        scenario = parse_model(ScenarioConfig, table(faults=entries, mode=mode), source="test")
+        assert [fault.kind for fault in scenario.faults] == kinds
 
 
 @pytest.mark.parametrize(
@@ -280,6 +291,16 @@ def test_faults_that_can_follow_each_other_are_accepted() -> None:
         ("faults", {"kind": "kill", "sites": ["berlin"], "at_s": 1, "factor": 2}, "factor belongs to"),
         ("faults", {"kind": "slow-down", "sites": ["berlin"], "at_s": 1, "factor": 0.5}, "at least 1"),
         ("faults", {"kind": "kill", "sites": [], "at_s": 1}, "at least 1"),
+        ("faults", {"kind": "clock", "sites": ["berlin"], "at_s": 1}, "offset_s belongs to"),
+        ("faults", {"kind": "hostile", "sites": ["berlin"], "at_s": 1}, "does belongs to"),
+        ("faults", {"kind": "corrupt", "sites": ["berlin"], "at_s": 1, "does": "flood"}, "does belongs to"),
+        ("faults", {"kind": "hostile", "sites": ["berlin"], "at_s": 1, "does": "harm"}, "does: .*'harm'"),
+        ("faults", {"kind": "kill", "sites": ["berlin"], "from_sites": ["tokyo"], "at_s": 1}, "from_sites"),
+        (
+            "faults",
+            {"kind": "partition", "sites": ["berlin"], "from_sites": ["berlin"], "at_s": 1},
+            "separated from itself: take 'berlin' out",
+        ),
         ("links", {"between": ["berlin"]}, "at least 2"),
         ("links", {"between": ["berlin", "tokyo"], "loss_ratio": 1}, "less than 1"),
     ],

@@ -13,9 +13,9 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 
-from p2pcodistill.config import parse_model
-from p2pcodistill.simulation.scenario import LinkConfig
+from p2pcodistill.simulation.scenario_tables import LinkConfig
 from p2pcodistill.simulation.shaping import Direction, LinkShape, ShapedLink
+from p2pcodistill.strict import parse_model
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 Dial = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
@@ -240,7 +240,7 @@ async def test_a_dark_link_swallows_what_is_sent_and_goes_on_where_it_was() -> N
         assert link.num_bytes_forwarded == 2
         link.black_hole(False)
         assert await reader.readexactly(13) == b"into the dark"
-        assert link.num_cuts == 0
+        assert (link.num_cuts, link.num_swallowed) == (0, 1)
 
 
 async def test_a_target_that_does_not_listen_resets_the_connection_and_closing_leaves_nothing() -> None:

@@ -9,7 +9,12 @@ import pytest
 from p2pcodistill.gossip.messages import Lane, Payload
 from p2pcodistill.simulation.shaping import PACKET_BYTES, LinkShape
 from p2pcodistill.simulation.virtual.clock import VirtualClock
-from p2pcodistill.simulation.virtual.links import SILENCE_TIMEOUT_S, VirtualLink, count_lost
+from p2pcodistill.simulation.virtual.links import (
+    REDIAL_INTERVAL_S,
+    SILENCE_TIMEOUT_S,
+    VirtualLink,
+    count_lost,
+)
 
 
 class End:
@@ -27,6 +32,9 @@ class End:
 
     def received(self, peer: str, payload: Payload) -> None:
         self.seen.append((self.clock.now_s, payload[0].decode()))
+
+    def rejected(self, peer: str, reason: str, why: str) -> None:
+        self.seen.append((self.clock.now_s, f"rejected {peer}: {reason}: {why}"))
 
     def arrivals(self) -> dict[str, float]:
         """When each payload arrived."""
@@ -189,6 +197,22 @@ def test_a_short_black_hole_breaks_the_session_when_it_ends() -> None:
     pair.clock.run(pair.begin_s + SILENCE_TIMEOUT_S + 20)
     assert pair.link.is_open and pair.b.arrivals() == {}
     assert [what for _, what in pair.b.seen] == ["open a", "closed a", "open a"]
+
+
+def test_a_newer_machine_with_the_key_of_a_site_takes_its_place_and_the_old_one_is_refused() -> None:
+    pair = Pair(LinkShape())
+    newer = End(pair.clock)
+    pair.link.attach("a", newer)
+    pair.clock.run(pair.begin_s + 2 * REDIAL_INTERVAL_S + 1)
+    assert [what for _, what in pair.a.seen] == ["open b", "closed b"]
+    assert [what for _, what in newer.seen] == ["open b"]
+    *session, first, second = [what for _, what in pair.b.seen]
+    assert session == ["open a", "closed a", "open a"]
+    assert first == second and first.startswith("rejected a: replayed: a was replaced by a newer process")
+    assert pair.link.faults.num_claims_refused == 2
+    pair.link.block()
+    pair.clock.run(pair.begin_s + 4 * REDIAL_INTERVAL_S)
+    assert pair.link.faults.num_claims_refused == 2, "nobody can dial"
 
 
 def test_a_site_that_goes_down_ends_the_session_at_the_other() -> None:

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
+from p2pcodistill.simulation.fault_config import FaultConfig
 from p2pcodistill.simulation.links import neighbour_pairs
-from p2pcodistill.simulation.scenario import FaultConfig
 from p2pcodistill.simulation.shaping import LinkShape
 from p2pcodistill.simulation.virtual.run import VirtualSettings
 from p2pcodistill.simulation.virtual.synthetic import SyntheticModel, SyntheticSchedule
 from p2pcodistill.simulation.virtual.synthetic_run import SyntheticRun
-from p2pcodistill.telemetry import Event, to_record
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.records import to_record
 from p2pcodistill.topology.build import build_topology, default_members
 from p2pcodistill.topology.graph import Topology
 from p2pcodistill.topology.statistics import distances_from

@@ -30,7 +30,7 @@ def scenario(**changes: Any) -> dict[str, Any]:
         "data": {"max_bytes_per_site": 20_000, "max_held_out_bytes": 2_048},
         "arms": [{"name": kind, "kind": kind} for kind in ("codistilled", "alone", "pooled")],
         "group": {"num_threads": 1},
-        "task": {"embedding_size": 8, "hidden_size": 16, "num_layers": 1, "window_bytes": 16},
+        "task": {"embedding_size": 8, "hidden_size": 16, "num_layers": 1, "window_tokens": 16},
         "training": {
             "num_steps": 60,
             "batch_size": 4,

@@ -1,4 +1,4 @@
-"""The text of sites: deterministic, disjoint, and never learnt from where it is evaluated on."""
+"""Files of text: deterministic, disjoint, and never learnt from where they are evaluated on."""
 
 from __future__ import annotations
 
@@ -9,16 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pcodistill.config import LanguageModelConfig
 from p2pcodistill.errors import DataError
 from p2pcodistill.tasks import text as text_module
-from p2pcodistill.tasks.text import (
-    load_site_text,
-    require_enough_text,
-    split_text,
-    standard_library_files,
-    text_files,
-)
+from p2pcodistill.tasks.text import split_text, standard_library_files, text_files
 
 
 def lines(name: str, num_lines: int) -> bytes:
@@ -71,6 +64,26 @@ def test_a_limited_shard_of_few_files_takes_all_it_may(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(lines("a", 1000))
     split = split_text([tmp_path / "a.txt"], num_shards=1, max_shard_bytes=5000, max_held_out_bytes=0)
     assert len(split.shards[0]) > 4900
+
+
+@pytest.mark.parametrize("num_files", [1, 2, 3, 7, 20, 40])
+def test_what_is_held_out_does_not_depend_on_the_number_of_shards(corpus: Path, num_files: int) -> None:
+    files = text_files([corpus])[:num_files]
+    splits = [
+        split_text(files, num_shards=num_shards, max_shard_bytes=None, max_held_out_bytes=800)
+        for num_shards in (1, 2, 4, 8)
+    ]
+    assert len({split.held_out_documents for split in splits}) == 1
+    for split in splits:
+        seen = [set(split.held_out.splitlines()), *(set(shard.splitlines()) for shard in split.shards)]
+        assert sum(map(len, seen)) == len(set().union(*seen)), "disjoint"
+
+
+def test_a_file_is_a_document(corpus: Path) -> None:
+    split = split_text(text_files([corpus]), num_shards=2, max_shard_bytes=None, max_held_out_bytes=0)
+    documents = [document for shard in split.shard_documents for document in shard]
+    assert sorted(documents) == sorted(file.read_bytes() for file in text_files([corpus]))
+    assert split.shards == tuple(b"".join(shard) for shard in split.shard_documents)
 
 
 def test_fewer_files_than_parts_are_cut_at_line_ends(tmp_path: Path) -> None:
@@ -197,40 +210,3 @@ def test_a_python_without_sources_is_an_error(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(text_module.sysconfig, "get_path", lambda _name: str(tmp_path))
     with pytest.raises(DataError, match="--data"):
         standard_library_files()
-
-
-# --- the text of one site ---
-
-
-def test_sites_without_data_share_the_standard_library() -> None:
-    task = LanguageModelConfig(max_data_bytes=20_000, max_held_out_bytes=2000)
-    sites = [load_site_text(task, shard_index=index, num_shards=2) for index in range(2)]
-    assert sites[0].held_out == sites[1].held_out
-    assert sites[0].train != sites[1].train
-
-
-def test_given_held_out_text_is_not_taken_from_the_data(corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "held.txt").write_bytes(lines("held", 10))
-    task = LanguageModelConfig(data=(corpus,), held_out=(tmp_path / "held.txt",))
-    text = load_site_text(task, shard_index=1, num_shards=2)
-    assert text.held_out == lines("held", 10)
-    assert len(origins(text.train)) == 40, "a site's own data is all its own"
-
-
-def test_given_data_without_held_out_keeps_some_back(corpus: Path) -> None:
-    text = load_site_text(
-        LanguageModelConfig(data=(corpus,), max_held_out_bytes=1000), shard_index=1, num_shards=2
-    )
-    assert 900 <= len(text.held_out) <= 1000
-    assert not origins(text.held_out) & origins(text.train)
-
-
-def test_too_little_text_says_what_is_needed(corpus: Path) -> None:
-    task = LanguageModelConfig(data=(corpus,))
-    text = load_site_text(task, shard_index=0, num_shards=1)
-    require_enough_text(text, task, batch_size=4, num_ranks=2)
-    with pytest.raises(DataError, match="need 330000: give more text, or lower") as refusal:
-        require_enough_text(text, task, batch_size=5000, num_ranks=2)
-    assert str(corpus) in str(refusal.value)
-    with pytest.raises(DataError, match="held-out"):
-        require_enough_text(text_module.SiteText(text.train, b"x"), task, batch_size=4, num_ranks=2)

@@ -18,7 +18,8 @@ from zmq.utils import z85
 from p2pcodistill.errors import AddressError
 from p2pcodistill.gossip.messages import Lane
 from p2pcodistill.identity import Identity, PublicIdentity
-from p2pcodistill.transport import sockets, wire, zeromq
+from p2pcodistill.simulation.shaping import LinkShape, ShapedLink
+from p2pcodistill.transport import lanes, sockets, wire
 from p2pcodistill.transport.base import (
     MAX_PART_BYTES,
     Closed,
@@ -41,7 +42,7 @@ LOW, HIGH = sorted((Identity.generate() for _ in range(2)), key=lambda identity:
 
 
 @pytest.fixture(autouse=True)
-async def nothing_left_behind() -> AsyncIterator[None]:
+async def nothing_left_behind(zero_copy: None) -> AsyncIterator[None]:
     num_files_before = psutil.Process().num_fds()
     yield
     assert asyncio.all_tasks() == {asyncio.current_task()}
@@ -465,9 +466,9 @@ async def test_who_does_not_read_takes_nobody_for_silent(
         num_ticks += 1
         if num_ticks == 20:  # twice the timeout
             enough_ticks.set()
-        PeerChannels.forgive(b._peers["a"], now_s)
+        PeerChannels.forgive(b._lanes.peers["a"], now_s)
 
-    monkeypatch.setattr(b._peers["a"], "forgive", forgive)
+    monkeypatch.setattr(b._lanes.peers["a"], "forgive", forgive)
     num_sent = 0
     async with asyncio.timeout(GENEROUS_S):
         while not b._inbox.full:
@@ -542,7 +543,7 @@ async def test_one_side_that_can_be_reached_is_enough(
 
 async def both_complete(transport: ZeroMQTransport, peer: str) -> None:
     """Return when there are two channels with `peer`; no event tells of the one that stands by."""
-    channels, changed = transport._peers[peer], asyncio.Event()
+    channels, changed = transport._lanes.peers[peer], asyncio.Event()
     greet, follow = channels.greet, channels.follow
 
     def greet_and_tell(*arguments: Any) -> list[Step]:
@@ -591,9 +592,9 @@ async def test_the_channel_that_stands_by_takes_over(transports: list[ZeroMQTran
     pair = await open_both_ways(transports)
     for transport in pair:
         await expect(transport, Opened)
-    channels = pair[loser]._peers["ba"[loser]]
+    channels = pair[loser]._lanes.peers["ba"[loser]]
     assert channels.in_use is not None
-    pair[loser]._take(channels.lose(channels.in_use, "the cable was pulled"))
+    pair[loser]._lanes.lose(channels.in_use, "the cable was pulled")
     for transport in pair:
         await expect(transport, Closed)
         await expect(transport, Opened)
@@ -787,7 +788,7 @@ async def test_a_receipt_that_finds_no_room_is_sent_again(
             return errno.EAGAIN
         return sockets.send_now(route, frames)
 
-    monkeypatch.setattr(zeromq, "send_now", send_now)
+    monkeypatch.setattr(lanes, "send_now", send_now)
     b = await open_site(transports, HIGH, a=PeerEndpoint(LOW.public))
     a = await open_site(transports, LOW, b=reached_at(HIGH, b))
     assert await next_event(a) == Opened("b")
@@ -802,7 +803,7 @@ async def test_a_failure_inside_surfaces_from_receive(
     transports: list[ZeroMQTransport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     b = await open_site(transports, HIGH, a=PeerEndpoint(LOW.public))
-    monkeypatch.setattr(b, "_on_accepted", broken := Broken())
+    monkeypatch.setattr(b._lanes, "hear_accepted", broken := Broken())
     a = await open_site(transports, LOW, b=reached_at(HIGH, b))
     with pytest.raises(ExceptionGroup) as raised:
         await next_event(b)
@@ -818,3 +819,26 @@ class Broken:
     def __call__(self, *_: object) -> None:
         self.num_calls += 1
         raise ZeroDivisionError
+
+
+async def test_a_connection_that_was_reset_is_made_again_at_once(transports: list[ZeroMQTransport]) -> None:
+    timing = Timing(keep_alive_s=600.0, silence_timeout_s=1200.0, min_redial_s=0.01, max_redial_s=0.05)
+    server = await open_site(transports, LOW, timing=timing, friend=PeerEndpoint(HIGH.public))
+    link = ShapedLink(server.listen_address, LinkShape())
+    try:
+        there = PeerEndpoint(LOW.public, await link.open())
+        friend = await open_site(transports, HIGH, timing=timing, server=there)
+        await expect(friend, Opened)
+        assert await next_event(server) == Opened("friend")
+        assert server.send("friend", Lane.CONTROL, [b"last words"])
+        assert await next_event(friend) == Received("server", Lane.CONTROL, (b"last words",))
+        link.cut()
+        assert "broke" in (await expect(friend, Closed)).why
+        await expect(friend, Opened)
+        await expect(server, Closed)
+        await expect(server, Opened)
+        assert friend.send("server", Lane.CONTROL, [b"here again"])
+        assert await next_event(server) == Received("friend", Lane.CONTROL, (b"here again",))
+        assert link.num_cuts == 2
+    finally:
+        await link.close()

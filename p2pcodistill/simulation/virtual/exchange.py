@@ -24,7 +24,8 @@ from p2pcodistill.errors import MalformedError, NonFiniteError, RefusedError
 from p2pcodistill.simulation.virtual.ranks import EncodedBytes
 from p2pcodistill.simulation.virtual.site import VirtualSite
 from p2pcodistill.simulation.virtual.store import MemoryFrame
-from p2pcodistill.telemetry import Event, SnapshotSkipped, StepMeasured, TrainingEnded
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.training_events import SnapshotSkipped, StepMeasured, TrainingEnded
 
 MAX_DECODED_BYTES = 1 << 30
 _MAX_DELTAS = MAX_CHAIN_FRAMES // 2

@@ -11,21 +11,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from p2pcodistill.config import GroupSpec, NodeConfig, load_toml, parse_model
 from p2pcodistill.errors import UserError
 from p2pcodistill.group.lifeline import die_with_parent
+from p2pcodistill.simulation.fault_config import FaultConfig
+from p2pcodistill.simulation.faults import impostor_of, told
 from p2pcodistill.simulation.files import (
     SCENARIO_FILE,
     NodeFiles,
+    loopback,
     simulator_events,
     write_node_files,
 )
 from p2pcodistill.simulation.jobs import Job, make_jobs
-from p2pcodistill.simulation.links import link_shapes
-from p2pcodistill.simulation.scenario import FaultConfig, ScenarioConfig, load_scenario
+from p2pcodistill.simulation.links import link_shapes, upload_caps
+from p2pcodistill.simulation.machines import add_impostor, replace_machine
+from p2pcodistill.simulation.scenario import ScenarioConfig, load_scenario
 from p2pcodistill.simulation.virtual.logs import VirtualLogs
 from p2pcodistill.simulation.virtual.run import VirtualSettings
-from p2pcodistill.telemetry import Event, FaultInjected, LinkCarried
+from p2pcodistill.simulation.virtual.specs import spec_of
+from p2pcodistill.simulation.virtual.step_time import StepTimes
+from p2pcodistill.simulation.virtual.synthetic_job import run_synthetic_job
+from p2pcodistill.telemetry.event import Event
 from p2pcodistill.topology.build import build_topology
 
 _FIRST_PORT = 5600
@@ -51,13 +57,35 @@ def main(arguments: Sequence[str]) -> int:
 
 def run_job(job: Job, scenario: ScenarioConfig, folder: Path) -> None:
     """Run all sites of `job`. `scenario` is the one in the run folder."""
-    ports = [_FIRST_PORT + index for index in range(len(job.sites))]
-    places = {place.site: place for place in write_node_files(job, scenario, folder, ports=ports)}
+    if scenario.synthetic is not None:
+        run_synthetic_job(job, scenario, folder)
+        return
+    addresses = [loopback(_FIRST_PORT + index) for index in range(len(job.sites))]
+    places = {place.site: place for place in write_node_files(job, scenario, folder, addresses=addresses)}
+    for fault in scenario.faults if job.arm.kind == "codistilled" else ():
+        if fault.kind == "impostor":
+            for name in fault.sites:
+                places[impostor_of(name)] = add_impostor(places[name], port=_FIRST_PORT + len(places))
     logs = VirtualLogs()
     try:
-        _train(job, scenario, folder, places, logs)
+        if job.arm.of_kind.module is None:
+            _train(job, scenario.of_arm(job.arm), folder, places, logs)
+        else:
+            _train_otherwise(job, scenario, folder, places, logs)
     finally:
         logs.flush()
+
+
+def _train_otherwise(
+    job: Job, scenario: ScenarioConfig, folder: Path, places: dict[str, NodeFiles], logs: VirtualLogs
+) -> None:
+    """An arm of which neither nodes nor copies of them are the parts."""
+    import torch
+
+    from p2pcodistill.simulation.arms.run import ArmRun, run_arm
+
+    torch.set_num_threads(job.num_threads)
+    run_arm(ArmRun(job, scenario, folder, places, logs))
 
 
 def _train(
@@ -65,16 +93,17 @@ def _train(
 ) -> None:
     import torch  # only where there is something to train
 
-    from p2pcodistill.group.train import Join, Training
+    from p2pcodistill.group.train import Join, Training, choose_device
     from p2pcodistill.simulation.copies import Copies
 
     class ReferenceStudent:
         """The reference loop, one update at a time."""
 
         def __init__(self, name: str, join: Join) -> None:
-            spec = _spec(places[name])
+            spec = spec_of(places[name])
             clock = copies.network.clock
-            self._training = Training(spec, torch.device("cpu"), None, join=join, clock=lambda: clock.now_s)
+            device = choose_device(spec.group, num_local_ranks=1, local_rank=0)
+            self._training = Training(spec, device, None, join=join, clock=lambda: clock.now_s)
             self._training.begin()
 
         def update(self) -> bool:
@@ -91,59 +120,41 @@ def _train(
     is_codistilled = job.arm.kind == "codistilled"
     simulator_path = simulator_events(job, folder)
 
+    offsets_s = dict.fromkeys(places, 0.0)
+
     def note_fault(time_s: float, fault: FaultConfig) -> None:
         for name in fault.sites:
             ranks = copies.network.sites[name].ranks
             step = ranks.num_steps if ranks is not None else 0
-            logs.write(simulator_path, time_s, FaultInjected(name, fault.kind, step, fault.factor))
+            logs.write(simulator_path, time_s, told(fault, name, step))
+            if fault.offset_s is not None:
+                offsets_s[name] = fault.offset_s
 
     def note_event(time_s: float, site: str, event: Event) -> None:
-        logs.write(places[site].events, time_s, event)
+        logs.write(places[site].events, time_s + offsets_s[site], event)
 
     copies = Copies(
         topology,
         ReferenceStudent,
-        codistillation=scenario.codistillation_of(job.arm),
-        frames=scenario.frames_of(job.arm),
-        step_time_s=scenario.virtual.step_time_s,
+        codistillation=scenario.codistillation,
+        frames=scenario.frames,
+        step_time_s=StepTimes(scenario.virtual, seed=job.seed, num_workers=job.arm.num_workers or 1),
         name=job.run,
-        settings=VirtualSettings(seed=job.seed, fault_poll_s=scenario.virtual.step_time_s),
+        settings=VirtualSettings(
+            seed=job.seed,
+            fault_poll_s=scenario.virtual.step_time_s,
+            caps=upload_caps(scenario, topology) if is_codistilled else {},
+        ),
         shapes=link_shapes(scenario, topology) if is_codistilled else None,
         faults=scenario.faults if is_codistilled else (),
         on_event=note_event,
         on_fault=note_fault,
+        forget=lambda name: replace_machine(places[name]),
     )
     copies.run()
     if is_codistilled:
-        for ends, link in copies.network.links.items():
-            num_bytes = sum(link.wire_from(site).num_bytes_sent for site in ends)
-            logs.write(simulator_path, copies.now_s, LinkCarried(list(ends), num_bytes, link.faults.num_cuts))
-
-
-def _spec(place: NodeFiles) -> GroupSpec:
-    """What the node of this file would tell its ranks, as far as one rank without a node is concerned."""
-    config = parse_model(NodeConfig, load_toml(place.node_file), source=str(place.node_file))
-    folder = place.run_folder
-    training_folder = folder / "training"
-    training_folder.mkdir(exist_ok=True)
-    return GroupSpec(
-        site=config.name,
-        link_address="",
-        link_token="",
-        outbox_folder=folder,
-        training_folder=training_folder,
-        model_path=folder / "model.safetensors",
-        error_path=folder / "group-error.txt",
-        teachers=({},),  # the exchange is not that of a node
-        num_students=0,
-        shard_index=0,
-        num_shards=1,
-        group=config.group,
-        task=config.task.located_in(place.node_file.parent),
-        training=config.training.of_site(config.name),
-        codistillation=config.codistillation,
-        frames=config.frames,
-    )
+        for link in copies.network.links.values():
+            logs.write(simulator_path, copies.now_s, link.measure())
 
 
 if __name__ == "__main__":

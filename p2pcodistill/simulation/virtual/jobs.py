@@ -16,7 +16,9 @@ from p2pcodistill.group.launch import log_tail
 from p2pcodistill.simulation.files import node_files, simulator_events
 from p2pcodistill.simulation.jobs import Job, make_jobs
 from p2pcodistill.simulation.scenario import ScenarioConfig
-from p2pcodistill.telemetry import EventTail, FaultInjected, Record
+from p2pcodistill.telemetry.log import EventTail
+from p2pcodistill.telemetry.records import Record
+from p2pcodistill.telemetry.simulation_events import FaultInjected
 
 JOB_COMMAND = (sys.executable, "-m", "p2pcodistill.simulation.virtual.job")
 POLL_INTERVAL_S = 0.25
@@ -89,7 +91,10 @@ class VirtualJobs:
                 start_new_session=True,
             )
         self._running.append(_Running(job, process, log_path))
-        self._tails += [(job, place.site, EventTail(place.events)) for place in node_files(job, self._folder)]
+        if self._scenario.synthetic is None:
+            self._tails += [
+                (job, place.site, EventTail(place.events)) for place in node_files(job, self._folder)
+            ]
         self._tails.append((job, "", EventTail(simulator_events(job, self._folder))))
 
     def _collect(self) -> None:
@@ -109,5 +114,7 @@ class VirtualJobs:
             for record in tail.read():
                 if site:
                     self._on_record(job, site, record)
+                elif self._scenario.synthetic is not None:
+                    self._on_record(job, f"{len(job.sites)} sites", record)
                 elif record["event"] == FaultInjected.name:
                     self._on_record(job, record["site"], record)

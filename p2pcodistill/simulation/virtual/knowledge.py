@@ -7,6 +7,7 @@ larger number. It travels as bytes, and is checked and hashed like any checkpoin
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -19,6 +20,7 @@ MAX_HOPS = 255
 MAX_VERSION = (1 << 24) - 1
 BYTES_PER_MEMBER = 4
 _WIRE_DTYPE = np.dtype("<u4")
+_MAX_REMEMBERED = 2048
 
 
 def nothing(num_members: int) -> Knowledge:
@@ -65,3 +67,12 @@ def encode_knowledge(knowledge: Knowledge, num_bytes: int) -> bytes:
 def decode_knowledge(data: bytes, num_members: int) -> Knowledge:
     """The inverse of `encode_knowledge`."""
     return np.frombuffer(data, _WIRE_DTYPE, num_members).astype(np.uint32, copy=False)
+
+
+@lru_cache(maxsize=_MAX_REMEMBERED)
+def take_over(data: bytes, num_members: int) -> Knowledge:
+    """What a student makes of its teacher's frame: decoded and passed on. It is remembered, and not to be written to, for
+    all students of one teacher make the same of it."""
+    taken = pass_on(decode_knowledge(data, num_members))
+    taken.setflags(write=False)
+    return taken

@@ -16,16 +16,21 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
+from p2pcodistill.errors import ReplayedError
 from p2pcodistill.gossip.messages import Lane, Payload
 from p2pcodistill.simulation.shaping import PACKET_BYTES, LinkShape
 from p2pcodistill.simulation.virtual.clock import VirtualClock
+from p2pcodistill.telemetry.simulation_events import LinkCarried
 
 SILENCE_TIMEOUT_S = 10.0
 """After so long without a sign of life the transport gives a connection up."""
 RECONNECT_DELAY_S = 1.0
 """A new session begins after a handshake and at most this."""
+REDIAL_INTERVAL_S = 10.0
+"""How often a machine tries again whose place was taken by another one with its key."""
 _HANDSHAKE_ROUND_TRIPS = 3.0
 """TCP's, and two of CURVE's."""
 _MIN_RESEND_S = 0.02
@@ -43,6 +48,9 @@ class Endpoint(Protocol):
     def received(self, peer: str, payload: Payload) -> None:
         """`peer` sent this within the present session."""
 
+    def rejected(self, peer: str, reason: str, why: str) -> None:
+        """Somebody with the key of `peer` was refused a session."""
+
 
 @dataclass(slots=True)
 class LinkFaults:
@@ -54,6 +62,8 @@ class LinkFaults:
     """On their way when their session ended."""
     num_payloads_swallowed: int = 0
     """Sent into a black hole."""
+    num_claims_refused: int = 0
+    """Sessions that a machine wanted whose place another one has taken."""
 
 
 class Wire:
@@ -66,7 +76,6 @@ class Wire:
         "_bytes_per_s",
         "_clock",
         "_control_free_s",
-        "_deliver",
         "_faults",
         "_is_steady",
         "_jitter_s",
@@ -76,6 +85,7 @@ class Wire:
         "_resend_s",
         "_rng",
         "_session",
+        "deliver",
         "max_bytes_queued",
         "num_bytes_arrived",
         "num_bytes_queued",
@@ -87,11 +97,12 @@ class Wire:
         self,
         clock: VirtualClock,
         shape: LinkShape,
-        deliver: Callable[[Payload], None],
         faults: LinkFaults,
         rng: Callable[[], random.Random],
     ) -> None:
-        self._clock, self._deliver, self._faults, self._rng = clock, deliver, faults, rng
+        self._clock, self._faults, self._rng = clock, faults, rng
+        self.deliver: Callable[[Payload], None] | None = None
+        """Who is told what arrives; nothing is sent before it is set."""
         self._bytes_per_s = shape.bytes_per_s
         self._latency_s = shape.latency_ms / 1e3
         self._jitter_s = shape.jitter_ms / 1e3
@@ -111,6 +122,11 @@ class Wire:
         """Of bulk that is being sent or waits for it."""
         self.max_bytes_queued = 0
 
+    @property
+    def rate_bytes_s(self) -> float | None:
+        """What it carries, as bulk shows that has waited for it; None: none has."""
+        return self._bytes_per_s if self.max_bytes_queued else None
+
     def send(self, lane: Lane, payload: Payload, num_bytes: int) -> None:
         """Send `payload`, which takes as long as `num_bytes` do."""
         self.num_bytes_sent += num_bytes
@@ -129,7 +145,8 @@ class Wire:
         else:
             self._bulk.append((payload, num_bytes))
             self.num_bytes_queued += num_bytes
-            self.max_bytes_queued = max(self.max_bytes_queued, self.num_bytes_queued)
+            if self.num_bytes_queued > self.max_bytes_queued:
+                self.max_bytes_queued = self.num_bytes_queued
             if len(self._bulk) == 1:
                 self._begin_bulk()
 
@@ -145,7 +162,7 @@ class Wire:
     def _begin_bulk(self) -> None:
         assert self._bytes_per_s is not None
         num_bytes = self._bulk[0][1]
-        num_resent_bytes, delay_s = self._lose(num_bytes)
+        num_resent_bytes, delay_s = self._lose(num_bytes) if self._loss_ratio else (0, 0.0)
         begin_s = max(self._clock.now_s, self._control_free_s)
         self._bulk_free_s = begin_s + (num_bytes + num_resent_bytes) / self._bytes_per_s
         self._clock.call_at(self._bulk_free_s, self._end_bulk, self._session, delay_s)
@@ -175,12 +192,13 @@ class Wire:
         if session == self._session:
             self._num_under_way -= 1
             self.num_bytes_arrived += num_bytes
-            self._deliver(payload)
+            assert self.deliver is not None
+            self.deliver(payload)
 
     def _lose(self, num_bytes: int) -> tuple[int, float]:
         """(bytes that have to be sent again, seconds until the last of them is noticed to be lost)."""
         num_packets, num_lost, num_rounds = -(-num_bytes // PACKET_BYTES), 0, 0
-        while self._loss_ratio and num_packets:
+        while num_packets:
             num_packets = count_lost(num_packets, self._loss_ratio, self._rng())
             num_lost += num_packets
             num_rounds += num_packets > 0
@@ -225,11 +243,9 @@ class VirtualLink:
         self._is_dark = False
         self._session = 0
         self._is_connecting = False
-        a, b = ends
         self._wires = {
-            a: Wire(clock, shapes[0], lambda payload: self._sites[b].received(a, payload), self.faults, self._rng),
-            b: Wire(clock, shapes[1], lambda payload: self._sites[a].received(b, payload), self.faults, self._rng),
-        }  # fmt: skip
+            end: Wire(clock, shape, self.faults, self._rng) for end, shape in zip(ends, shapes, strict=True)
+        }
         interval_s = shapes[0].reset_interval_s
         if interval_s is not None:
             clock.call_later(interval_s, self._reset, interval_s)
@@ -254,14 +270,27 @@ class VirtualLink:
     # --- what may happen to it ---------------------------------------------------------------------------------------
 
     def attach(self, site: str, endpoint: Endpoint) -> None:
-        """The site is up."""
+        """The site is up. If it was already, this is another machine with its key, and newer: it takes the place of the
+        first, which is refused from then on."""
+        if site in self._sites:
+            self._close(f"the process of {site} was replaced")
+            self._clock.call_later(REDIAL_INTERVAL_S, self._refuse, site)
         self._sites[site] = endpoint
+        peer = self.peer_of(site)
+        self._wires[peer].deliver = partial(endpoint.received, peer)
         self._connect(0.0)
 
     def detach(self, site: str, why: str) -> None:
         """The site is down: the other end sees the connection end. Does nothing if it was."""
         if self._sites.pop(site, None) is not None:
             self._close(why)
+
+    def measure(self) -> LinkCarried:
+        """What it was given to carry so far, and what became of it."""
+        num_bytes = sum(wire.num_bytes_sent for wire in self._wires.values())
+        return LinkCarried(
+            list(self.ends), num_bytes, self.faults.num_cuts, self.faults.num_payloads_swallowed
+        )
 
     def cut(self, why: str = "the connection was reset") -> None:
         """End the session, if there is one; another begins."""
@@ -306,7 +335,7 @@ class VirtualLink:
         self._clock.call_later(delay_s + _HANDSHAKE_ROUND_TRIPS * round_trip_s, self._open)
 
     def _can_connect(self) -> bool:
-        return not (self.is_open or self._num_blocks or self._is_dark) and len(self._sites) == len(self.ends)
+        return self._can_pass() and not self.is_open and len(self._sites) == len(self.ends)
 
     def _open(self) -> None:
         self._is_connecting = False
@@ -327,6 +356,18 @@ class VirtualLink:
         for site in self.ends:
             if site in self._sites:
                 self._sites[site].closed(self.peer_of(site), why)
+
+    def _refuse(self, site: str) -> None:
+        """The machine whose place was taken dials again: what the transport says then."""
+        peer = self.peer_of(site)
+        if peer in self._sites and self._can_pass():
+            self.faults.num_claims_refused += 1
+            why = f"{site} was replaced by a newer process: do two processes hold its key?"
+            self._sites[peer].rejected(site, ReplayedError.reason, why)
+        self._clock.call_later(REDIAL_INTERVAL_S, self._refuse, site)
+
+    def _can_pass(self) -> bool:
+        return not (self._num_blocks or self._is_dark)
 
     def _notice_silence(self, session: int) -> None:
         if self._is_dark and session == self._session:

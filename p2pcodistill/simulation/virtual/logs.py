@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from p2pcodistill.telemetry import Event, to_record
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.records import to_record
 
 _MAX_WAITING = 2000
 

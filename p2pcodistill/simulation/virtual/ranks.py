@@ -32,6 +32,9 @@ class Ranks(Protocol):
     def slow_down(self, factor: float) -> None:
         """Take `factor` times as long as at first for each update from now on."""
 
+    def forget(self) -> None:
+        """The disk is empty, while the node is down: the next launch begins from nothing."""
+
     def corrupt(self) -> None:
         """Publish ruined weights from now on."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from p2pcodistill.checkpoint.manifest import (
     DEFAULT_CHUNK_BYTES,
@@ -18,21 +18,20 @@ from p2pcodistill.checkpoint.manifest import (
     verify_manifest,
 )
 from p2pcodistill.gossip import protocol as gossip
+from p2pcodistill.gossip.messages import PROTOCOL_VERSION, Hello
 from p2pcodistill.identity import Identity, PublicIdentity
+from p2pcodistill.simulation.fault_config import CUTS, FaultConfig
 from p2pcodistill.simulation.faults import FaultSchedule, Partitions, joiners
+from p2pcodistill.simulation.hostile import HostileSite
 from p2pcodistill.simulation.links import PERFECT, neighbour_pairs
-from p2pcodistill.simulation.scenario import FaultConfig
 from p2pcodistill.simulation.shaping import LinkShape
 from p2pcodistill.simulation.virtual.clock import VirtualClock
+from p2pcodistill.simulation.virtual.hostile import HostileEndpoint
 from p2pcodistill.simulation.virtual.links import VirtualLink
-from p2pcodistill.simulation.virtual.site import (
-    TICK_S,
-    TRAFFIC_INTERVAL_S,
-    OnEvent,
-    Surroundings,
-    VirtualSite,
-)
+from p2pcodistill.simulation.virtual.site import VirtualSite
+from p2pcodistill.simulation.virtual.surroundings import TICK_S, TRAFFIC_INTERVAL_S, OnEvent, Surroundings
 from p2pcodistill.topology.graph import Topology
+from p2pcodistill.transport.shaper import UploadCaps
 
 DEFAULT_FAULT_POLL_S = 0.1
 _MAX_VERIFIED = 20_000
@@ -60,6 +59,8 @@ class VirtualSettings:
     """None: traffic is measured once, in the end."""
     fault_poll_s: float = DEFAULT_FAULT_POLL_S
     """How often a fault that waits for a step is looked at."""
+    caps: Mapping[str, UploadCaps] = field(default_factory=dict)
+    """The sites whose uploads are capped."""
 
 
 class VirtualRun:
@@ -86,13 +87,15 @@ class VirtualRun:
         self._on_fault = on_fault
         self._schedule = FaultSchedule(faults)
         self._absent = joiners(faults)
-        self._partitions = Partitions()
-        self._blocked: dict[tuple[str, str], None] = {}
+        self._cuts = {kind: Partitions() for kind in CUTS}
+        self._is_cut = {kind: dict[tuple[str, str], None]() for kind in CUTS}
         self._max_steps: dict[str, int] = {}
-        identities = {member: seeded_identity(settings.seed, member) for member in topology.members}
+        self._identities = identities = {
+            member: seeded_identity(settings.seed, member) for member in topology.members
+        }
         members = {member: identity.public for member, identity in identities.items()}
         memo = VerifyMemo()
-        around = Surroundings(
+        self._around = around = Surroundings(
             run=name,
             clock=self.clock,
             members=members,
@@ -108,17 +111,19 @@ class VirtualRun:
             sign=memo.sign,
             verify=memo,
             traffic_interval_s=settings.traffic_interval_s,
+            caps=settings.caps,
         )
-        self.sites = {
-            member: VirtualSite(
-                member,
-                identities[member],
-                tuple(topology.teachers_of(member)),
-                tuple(topology.students_of(member)),
-                around,
-            )
-            for member in topology.members
+        self.sites = {member: self._site(member, around) for member in topology.members}
+        unheard = replace(around, on_event=lambda _time_s, _site, _event: None)
+        self.impostors = {
+            member: self._site(member, unheard)
+            for fault in faults
+            if fault.kind == "impostor"
+            for member in fault.sites
         }
+        """The second machine with the identity of each of these sites, whose events are not reported."""
+        self.hostile: dict[str, HostileEndpoint] = {}
+        """What speaks in the place of a site that has turned bad."""
         self.links: dict[tuple[str, str], VirtualLink] = {}
         """By its two ends, in member order."""
         for a, b in neighbour_pairs(topology):
@@ -150,11 +155,12 @@ class VirtualRun:
         """Have something go wrong, or be mended, now."""
         self._on_fault(self.clock.now_s, fault)
         match fault.kind:
-            case "partition":
-                self._partitions.cut_off(fault.sites)
+            case "partition" | "black-hole":
+                self._cuts[fault.kind].cut_off(fault.sites, fault.from_sites)
                 self._separate()
             case "heal":
-                self._partitions.heal(fault.sites)
+                for cuts in self._cuts.values():
+                    cuts.heal(fault.sites)
                 self._separate()
             case _:
                 for name in fault.sites:
@@ -162,22 +168,42 @@ class VirtualRun:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
+    def _site(self, name: str, around: Surroundings) -> VirtualSite:
+        teachers, students = self.topology.teachers_of(name), self.topology.students_of(name)
+        return VirtualSite(name, self._identities[name], tuple(teachers), tuple(students), around)
+
     def _join(self, a: str, b: str, shapes: Shapes) -> None:
         if (b, a) in shapes:
             shape = shapes[b, a][::-1]
         else:
             shape = shapes.get((a, b), (PERFECT, PERFECT))
         link = VirtualLink(self.clock, (a, b), shape, seed=f"{self.settings.seed}")
-        self.links[a, b] = self.sites[a].links[b] = self.sites[b].links[a] = link
+        self.links[a, b] = link
+        for machines in (self.sites, self.impostors):
+            for name, peer in ((a, b), (b, a)):
+                if name in machines:
+                    machines[name].links[peer] = link
 
     def _befall(self, site: VirtualSite, fault: FaultConfig) -> None:
         match fault.kind:
+            case "kill" | "leave" if site.name in self.hostile:
+                self.hostile.pop(site.name).end()
             case "kill":
                 site.kill()
             case "leave":
                 site.leave()
             case "restart" | "join":
                 site.start()
+            case "replace":
+                if site.name in self.hostile:
+                    self.hostile.pop(site.name).end()
+                site.kill()
+                site.forget()
+                site.start()
+            case "impostor":
+                self.impostors[site.name].start()
+            case "hostile":
+                self._turn(site, fault)
             case "slow-down":
                 assert fault.factor is not None and site.ranks is not None
                 site.ranks.slow_down(fault.factor)
@@ -185,15 +211,48 @@ class VirtualRun:
                 assert site.ranks is not None
                 site.ranks.corrupt()
 
+    def _turn(self, site: VirtualSite, fault: FaultConfig) -> None:
+        """The site does nothing any more but what the fault says."""
+        assert fault.does is not None
+        if site.name in self.hostile:
+            self.hostile.pop(site.name).end()
+        site.kill()
+        around, own = self._around, site.store.frames(site.name)
+        hostile = HostileSite(
+            site.name,
+            self._identities[site.name],
+            fault.does,
+            hello=Hello(
+                PROTOCOL_VERSION,
+                around.run,
+                around.members_digest,
+                around.topology_digest,
+                site.store.incarnation,
+                0,
+            ),
+            newest=own[-1].signed if own else None,
+            others=[member for member in self.topology.members if member != site.name],
+            seed=self.settings.seed,
+        )
+        self.hostile[site.name] = HostileEndpoint(site.name, hostile, site.links, self.clock)
+        self.hostile[site.name].start()
+
     def _separate(self) -> None:
         for ends, link in self.links.items():
-            is_blocked, is_separated = ends in self._blocked, self._partitions.separate(*ends)
-            if is_separated and not is_blocked:
-                self._blocked[ends] = None
-                link.block()
-            elif is_blocked and not is_separated:
-                del self._blocked[ends]
-                link.unblock()
+            for kind, cuts in self._cuts.items():
+                is_cut, is_separated = ends in self._is_cut[kind], cuts.separate(*ends)
+                if is_separated == is_cut:
+                    continue
+                if is_separated:
+                    self._is_cut[kind][ends] = None
+                else:
+                    del self._is_cut[kind][ends]
+                if kind == "black-hole":
+                    link.darken(is_separated)
+                elif is_separated:
+                    link.block()
+                else:
+                    link.unblock()
 
     def _look_for_faults(self) -> None:
         for name, site in self.sites.items():

@@ -7,66 +7,34 @@ What its group does, training or a pretence of it, is behind `Ranks`. The disk t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import assert_never
 
-from p2pcodistill import telemetry
 from p2pcodistill.checkpoint.chain import worth_keeping
 from p2pcodistill.checkpoint.manifest import (
-    DEFAULT_CHUNK_BYTES,
     MAX_FRAME_BYTES,
     Manifest,
     SignedManifest,
     Version,
     digest_chunks,
-    sign_manifest,
-    verify_manifest,
 )
+from p2pcodistill.errors import OversizedError
 from p2pcodistill.gossip import protocol as gossip
-from p2pcodistill.gossip.announce import Verify
-from p2pcodistill.gossip.messages import Chunk, Gone, Lane, Payload, encode_message, lane_of
-from p2pcodistill.identity import Identity, PublicIdentity
-from p2pcodistill.simulation.virtual.clock import VirtualClock
+from p2pcodistill.gossip.messages import Chunk, Gone, Lane, Payload, encode_message
+from p2pcodistill.identity import Identity
 from p2pcodistill.simulation.virtual.links import VirtualLink
 from p2pcodistill.simulation.virtual.ranks import EncodedBytes, Ranks
 from p2pcodistill.simulation.virtual.store import MemoryStore
+from p2pcodistill.simulation.virtual.surroundings import Surroundings
+from p2pcodistill.simulation.virtual.traffic import SiteTraffic
+from p2pcodistill.simulation.virtual.uploads import CappedUploads
+from p2pcodistill.telemetry import node_events
+from p2pcodistill.telemetry.event import Event as TelemetryEvent
 from p2pcodistill.transport.base import Rejected
 from p2pcodistill.transport.refusals import RefusalLog
+from p2pcodistill.transport.shaper import UploadCaps
 
-TICK_S = 1.0
 REFUSAL_INTERVAL_S = 1.0
-TRAFFIC_INTERVAL_S = 5.0
-
-OnEvent = Callable[[float, str, telemetry.Event], None]
-"""(virtual seconds, site, event)."""
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What is the same for all sites of a run.
-
-    `students_of` names the students of each member. `bytes_scale`: each byte of a frame stands for so many, on the links and
-    in events. `chunk_bytes`, `window_bytes` and the sizes in manifests are real ones, before scaling. `sign` makes
-    manifests, `verify` is what `Gossip` checks them with.
-    """
-
-    run: str
-    clock: VirtualClock
-    members: Mapping[str, PublicIdentity]
-    members_digest: bytes
-    topology_digest: bytes
-    students_of: Mapping[str, Collection[str]]
-    on_event: OnEvent
-    bytes_scale: int = 1
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES
-    window_bytes: int = gossip.DEFAULT_WINDOW_BYTES
-    stall_timeout_s: float = gossip.DEFAULT_STALL_TIMEOUT_S
-    ping_interval_s: float = gossip.DEFAULT_PING_INTERVAL_S
-    sign: Callable[[Manifest, Identity], SignedManifest] = sign_manifest
-    verify: Verify = verify_manifest
-    tick_s: float = TICK_S
-    traffic_interval_s: float | None = TRAFFIC_INTERVAL_S
 
 
 class VirtualSite:
@@ -98,8 +66,11 @@ class VirtualSite:
         self._is_feeding = False
         self._refusals = RefusalLog(self._report_rejected, REFUSAL_INTERVAL_S)
         self._last: Version | None = None  # that this launch published
-        self._traffic_s = 0.0
-        self._traffic_before: dict[str, tuple[int, int]] = {}
+        self._caps = surroundings.caps.get(name, UploadCaps())
+        self._uploads: CappedUploads | None = None
+        self._traffic = SiteTraffic(
+            name, self.links, students, self._caps, chunk_bytes=surroundings.chunk_bytes
+        )
 
     @property
     def is_up(self) -> bool:
@@ -142,10 +113,11 @@ class VirtualSite:
             ping_interval_s=around.ping_interval_s,
             verify=around.verify,
         )
-        self._traffic_before = {peer: self._moved(link) for peer, link in self.links.items()}
-        self._traffic_s = self._clock.now_s
+        if self._caps != UploadCaps():
+            self._uploads = CappedUploads(self._caps, self._clock, self._serve)
+        self._traffic.begin(self._clock.now_s)
         self.report(
-            telemetry.NodeStarted(self.name, around.run, "virtual", store.incarnation, list(self.links), 0)
+            node_events.NodeStarted(self.name, around.run, "virtual", store.incarnation, list(self.links), 0)
         )
         self._launch()
         for link in self.links.values():
@@ -158,6 +130,13 @@ class VirtualSite:
             if self.ranks is not None:
                 self.ranks.kill()
             self._go_down("the connection was reset")
+
+    def forget(self) -> None:
+        """A new machine with an empty disk takes the place of the old one, whose node is down."""
+        assert self._gossip is None, "a node that runs has its disk"
+        self.store = MemoryStore(self.name)
+        if self.ranks is not None:
+            self.ranks.forget()
 
     def leave(self) -> None:
         """Stop the group in order, and when that is done, the node. Does nothing while it is down."""
@@ -180,15 +159,15 @@ class VirtualSite:
             self._go_down("it left")
 
     def _go_down(self, why: str) -> None:
-        self._gossip = None
+        self._gossip = self._uploads = None
         self._events.clear()
         for link in self.links.values():
             link.detach(self.name, why)
 
     def _say_farewell(self, reason: str) -> None:
         self._refusals.flush(float("inf"))
-        self._report_traffic()
-        self.report(telemetry.NodeStopped(self.name, reason))
+        self.report(self._traffic.measure(self._clock.now_s))
+        self.report(node_events.NodeStopped(self.name, reason))
 
     def _launch(self) -> None:
         """What a node does before it launches its workers."""
@@ -200,7 +179,7 @@ class VirtualSite:
 
     # --- what the ranks may do -----------------------------------------------------------------------------------------
 
-    def report(self, event: telemetry.Event) -> None:
+    def report(self, event: TelemetryEvent) -> None:
         """Add an event to this site's log, now."""
         self._around.on_event(self._clock.now_s, self.name, event)
 
@@ -214,7 +193,7 @@ class VirtualSite:
         self._last = version
         scale = self._scale
         self.report(
-            telemetry.FramePublished(
+            node_events.FramePublished(
                 version.incarnation,
                 version.step,
                 signed.manifest.kind,
@@ -241,7 +220,8 @@ class VirtualSite:
     def _sign(
         self, frame: EncodedBytes, origin: str, version: Version, base: Version | None
     ) -> tuple[SignedManifest, tuple[bytes, ...]]:
-        chunk_bytes, data = self._around.chunk_bytes, frame.data
+        data = frame.data
+        chunk_bytes = self._traffic.chunk_bytes(len(data))
         manifest = Manifest(
             run=self._around.run,
             origin=origin,
@@ -265,11 +245,17 @@ class VirtualSite:
 
     def closed(self, peer: str, why: str) -> None:
         """See `links.Endpoint`."""
+        if self._uploads is not None:
+            self._uploads.forget(peer)
         self._feed(gossip.PeerClosed(peer, why))
 
     def received(self, peer: str, payload: Payload) -> None:
         """See `links.Endpoint`."""
         self._feed(gossip.PayloadReceived(peer, payload))
+
+    def rejected(self, peer: str, reason: str, why: str) -> None:
+        """See `links.Endpoint`."""
+        self._refusals.note(peer, reason, why, self._clock.now_s)
 
     # --- gossip --------------------------------------------------------------------------------------------------------
 
@@ -279,8 +265,8 @@ class VirtualSite:
         self._feed(gossip.Ticked())
         now_s, interval_s = self._clock.now_s, self._around.traffic_interval_s
         self._refusals.flush(now_s)
-        if interval_s is not None and now_s - self._traffic_s >= interval_s:
-            self._report_traffic()
+        if interval_s is not None and now_s - self._traffic.measured_s >= interval_s:
+            self.report(self._traffic.measure(now_s))
         relayed = self._gossip.relayed_origins
         if relayed or self.store.is_prunable:
             in_use = self._gossip.frames_in_use(now_s)
@@ -294,30 +280,26 @@ class VirtualSite:
         if self._is_feeding:
             return
         self._is_feeding = True
-        now_s = self._clock.now_s
-        while self._events and self._gossip is not None:
-            for action in self._gossip.handle(self._events.popleft(), now_s):
-                self._perform(action, now_s)
+        events, now_s = self._events, self._clock.now_s
+        while events and self._gossip is not None:
+            for action in self._gossip.handle(events.popleft(), now_s):
+                if type(action) is gossip.SendPayload:  # by far the most
+                    self._send(action.peer, action.lane, action.payload)
+                else:
+                    self._perform(action, now_s)
         self._is_feeding = False
 
     def _perform(self, action: gossip.Action, now_s: float) -> None:
-        if isinstance(action, gossip.SendPayload):  # by far the most
-            self._send(action.peer, action.lane, action.payload)
-            return
         store = self.store
         match action:
-            case gossip.Report(telemetry.Refused() as refused):
-                self._refusals.note(refused.peer, refused.reason, refused.why, now_s)
             case gossip.Report(event):
-                if isinstance(event, telemetry.VersionAnnounced):
-                    self.announced[event.origin] = Version(event.incarnation, event.step)
-                self.report(self._scaled(event))
+                self._note(event, now_s)
             case gossip.ServeChunk(peer, frame_id, index):
-                data = store.read_chunk(frame_id, index)
-                answer = Gone(frame_id) if data is None else Chunk(frame_id, index, data)
-                self._send(peer, lane_of(answer), encode_message(answer))
-                if data is None:
-                    self._events.append(gossip.FrameLost(frame_id))
+                if self._uploads is None:
+                    self._serve(peer, frame_id, index)
+                elif not self._uploads.ask(peer, frame_id, index):
+                    why = f"{peer} wants too many chunks at once"
+                    self._refusals.note(peer, OversizedError.reason, why, now_s)
             case gossip.StoreChunk(frame_id, index, data):
                 store.put_chunk(frame_id, index, data)
             case gossip.BeginFetch(signed):
@@ -343,15 +325,27 @@ class VirtualSite:
                 self._renew(incarnation)
             case gossip.DropChain(origin):
                 store.drop(origin)
+            case gossip.SendPayload(peer, lane, payload):
+                self._send(peer, lane, payload)
             case _:
                 assert_never(action)
 
+    def _serve(self, peer: str, frame_id: str, index: int) -> None:
+        data = self.store.read_chunk(frame_id, index)
+        if data is None:
+            self._send(peer, Lane.CONTROL, encode_message(Gone(frame_id)))
+            self._feed(gossip.FrameLost(frame_id))
+        else:
+            self._send(peer, Lane.BULK, encode_message(Chunk(frame_id, index, data)))
+
     def _send(self, peer: str, lane: Lane, payload: Payload) -> None:
-        scale = self._scale if lane is Lane.BULK else 1
         num_bytes = len(payload[0])
-        for part in payload[1:]:
-            num_bytes += len(part) * scale
-        self.links[peer].send(self.name, lane, payload, num_bytes)
+        if len(payload) > 1:
+            num_bytes += len(payload[1]) * (self._scale if lane is Lane.BULK else 1)
+        link = self.links[peer]
+        if self._uploads is not None and link.is_open:
+            self._uploads.spend(peer, num_bytes)
+        link.send(self.name, lane, payload, num_bytes)
 
     def _ask_for_keyframe(self, start: int) -> None:
         if self._gossip is not None and start == self.num_starts and self.ranks is not None:
@@ -372,34 +366,29 @@ class VirtualSite:
 
     # --- telemetry -----------------------------------------------------------------------------------------------------
 
-    def _scaled(self, event: telemetry.Event) -> telemetry.Event:
-        """`event` with the sizes that its frame stands for."""
-        if self._scale == 1:
-            return event
+    def _note(self, event: TelemetryEvent, now_s: float) -> None:
+        """Log what gossip reports, with the sizes that its frames stand for."""
+        scale = self._scale
         match event:  # `replace` would take several times as long
-            case telemetry.VersionAnnounced(origin, incarnation, step, num_bytes):
-                return telemetry.VersionAnnounced(origin, incarnation, step, num_bytes * self._scale)
-            case telemetry.FrameFetched(
+            case node_events.VersionAnnounced(origin, incarnation, step, num_bytes):
+                if origin in self.teachers:  # not of others, for whom it relays
+                    self.announced[origin] = Version(incarnation, step)
+                if scale > 1:
+                    event = node_events.VersionAnnounced(origin, incarnation, step, num_bytes * scale)
+            case node_events.FrameFetched(
+                origin, incarnation, step, kind, num_bytes, num_resent_bytes, duration_s
+            ) | node_events.FrameRelayed(
                 origin, incarnation, step, kind, num_bytes, num_resent_bytes, duration_s
             ):
-                scaled = num_bytes * self._scale, num_resent_bytes * self._scale
-                return telemetry.FrameFetched(origin, incarnation, step, kind, *scaled, duration_s)
-        return event
+                if scale > 1:
+                    scaled = num_bytes * scale, num_resent_bytes * scale
+                    event = type(event)(origin, incarnation, step, kind, *scaled, duration_s)
+            case node_events.Refused():
+                self._refusals.note(event.peer, event.reason, event.why, now_s)
+                return
+        self.report(event)
 
     def _report_rejected(self, rejected: Rejected) -> None:
         self.report(
-            telemetry.Refused(rejected.peer, rejected.reason, rejected.why, num_times=rejected.num_times)
+            node_events.Refused(rejected.peer, rejected.reason, rejected.why, num_times=rejected.num_times)
         )
-
-    def _report_traffic(self) -> None:
-        self._traffic_s = self._clock.now_s
-        sent, received = {}, {}
-        for peer, link in self.links.items():
-            moved, before = self._moved(link), self._traffic_before[peer]
-            sent[peer], received[peer] = moved[0] - before[0], moved[1] - before[1]
-        self.report(telemetry.TrafficMeasured(sum(sent.values()), sum(received.values()), sent, received))
-
-    def _moved(self, link: VirtualLink) -> tuple[int, int]:
-        """Bytes that this site has sent and received over `link`, in all its lives."""
-        peer = link.peer_of(self.name)
-        return link.wire_from(self.name).num_bytes_sent, link.wire_from(peer).num_bytes_arrived

@@ -44,6 +44,22 @@ class SpreadTracker:
             self._num_missing[row] -= len(fresh)
 
     @property
+    def times_s(self) -> npt.NDArray[np.float64]:
+        """When each site (row) first had knowledge of each origin (column), in member order; infinite where it has none."""
+        return self._times_s.copy()
+
+    @property
+    def hops(self) -> npt.NDArray[np.uint8]:
+        """Over how many sites that came, where it did."""
+        return self._hops.copy()
+
+    @property
+    def known_ratio(self) -> float:
+        """Of all pairs of a site and another, the share in which the one knows of the other."""
+        num_pairs = len(self._num_missing) * (len(self._num_missing) - 1)
+        return 1 - sum(self._num_missing) / num_pairs
+
+    @property
     def is_complete(self) -> bool:
         """Whether everyone knows of everyone."""
         return not any(self._num_missing)

@@ -18,20 +18,28 @@ class MemoryFrame:
     """A complete frame; a `chain.ChainFrame`. A local keyframe `is_local`."""
 
     signed: SignedManifest
-    frame_id: str
-    version: Version
-    base: Version | None
-    num_bytes: int
     chunks: tuple[bytes, ...] = field(repr=False)
     is_local: bool = False
 
-    @classmethod
-    def of(
-        cls, signed: SignedManifest, frame_id: str, chunks: tuple[bytes, ...], *, is_local: bool = False
-    ) -> MemoryFrame:
-        """The frame that `signed` describes."""
-        manifest = signed.manifest
-        return cls(signed, frame_id, manifest.version, manifest.base, manifest.num_bytes, chunks, is_local)
+    @property
+    def frame_id(self) -> str:
+        """The frame's name."""
+        return self.signed.frame_id
+
+    @property
+    def version(self) -> Version:
+        """The version that it leads to."""
+        return self.signed.version
+
+    @property
+    def base(self) -> Version | None:
+        """The version that it needs; None: a keyframe."""
+        return self.signed.base
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return self.signed.num_bytes
 
 
 @dataclass(slots=True)
@@ -53,13 +61,14 @@ class MemoryStore:
         self._chains: dict[str, tuple[MemoryFrame, ...]] = {}
         self._newest: dict[str, Version] = {}  # that was ever here
         self._grown: dict[str, None] = {}  # origins of what has come since the last pruning
+        self._is_loose = False  # whether any of that did more than make a teacher's chain longer
         self._left: dict[str, None] = {}  # origins of what the last pruning left that will be superseded
         self._partials: dict[str, _Partial] = {}
 
     def adopt(self, signed: SignedManifest, chunks: tuple[bytes, ...]) -> MemoryFrame:
         """Take a frame in that this site's ranks encoded, its own or a local keyframe."""
         is_local = signed.manifest.origin != self._site
-        return self._admit(MemoryFrame.of(signed, signed.frame_id, chunks, is_local=is_local))
+        return self._admit(MemoryFrame(signed, chunks, is_local))
 
     def begin(self, signed: SignedManifest, frame_id: str) -> frozenset[int]:
         """Open a partial frame, or continue one; the indices of the chunks that are there."""
@@ -78,8 +87,11 @@ class MemoryStore:
         if frame_id in self._complete:
             return self._complete[frame_id]
         partial = self._partials.pop(frame_id)
-        chunks = tuple(partial.chunks[index] for index in range(partial.signed.manifest.num_chunks))
-        return self._admit(MemoryFrame.of(partial.signed, frame_id, chunks))
+        num_chunks = partial.signed.manifest.num_chunks
+        chunks = (
+            (partial.chunks[0],) if num_chunks == 1 else tuple(partial.chunks[i] for i in range(num_chunks))
+        )
+        return self._admit(MemoryFrame(partial.signed, chunks))
 
     def abandon(self, frame_id: str) -> None:
         """Drop a partial frame."""
@@ -95,8 +107,8 @@ class MemoryStore:
 
     @property
     def is_prunable(self) -> bool:
-        """Whether anything has come since the last `prune`."""
-        return bool(self._grown) or any(not partial.is_open for partial in self._partials.values())
+        """Whether anything has come since the last `prune` that may supersede something."""
+        return self._is_loose or any(not partial.is_open for partial in self._partials.values())
 
     @property
     def origins(self) -> tuple[str, ...]:
@@ -155,7 +167,7 @@ class MemoryStore:
             for origin in {**self._grown, **self._left}
             if len(self._of_origin[origin]) > (1 if origin == self._site else len(self.chain(origin)))
         }
-        self._grown = {}
+        self._grown, self._is_loose = {}, False
         return tuple(gone)
 
     def drop(self, origin: str) -> None:
@@ -167,31 +179,34 @@ class MemoryStore:
         """The site comes up again: what was being fetched is left over from an earlier life."""
         for partial in self._partials.values():
             partial.is_open = False
-        self._grown = dict.fromkeys(self._of_origin)
+        self._grown, self._is_loose = dict.fromkeys(self._of_origin), True
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _admit(self, frame: MemoryFrame) -> MemoryFrame:
-        if frame.frame_id in self._complete:
-            return self._complete[frame.frame_id]
-        origin = frame.signed.manifest.origin
+        frame_id, origin = frame.signed.frame_id, frame.signed.manifest.origin
+        if frame_id in self._complete:
+            return self._complete[frame_id]
         others = self._of_origin.setdefault(origin, {})
         chain = self.chain(origin)
         newest = self._newest.get(origin)
-        self._complete[frame.frame_id] = others[frame.frame_id] = frame
+        self._complete[frame_id] = others[frame_id] = frame
         self._grown[origin] = None
-        self._partials.pop(frame.frame_id, None)
-        if newest is not None and frame.version <= newest:
-            self._chains.pop(origin, None)
-            return frame
-        self._newest[origin] = frame.version
+        self._partials.pop(frame_id, None)
+        version, base = frame.signed.version, frame.signed.base
+        is_newest = newest is None or version > newest
+        if is_newest:
+            self._newest[origin] = version
         # The newest of all can lead nowhere else: that spares looking at the rest.
-        if frame.base is None:
-            self._chains[origin] = (frame,)
-        elif chain and frame.base == chain[-1].version and len(chain) < MAX_CHAIN_FRAMES:
+        if is_newest and chain and base == chain[-1].signed.version and len(chain) < MAX_CHAIN_FRAMES:
             self._chains[origin] = (*chain, frame)
+            self._is_loose |= origin == self._site
+            return frame
+        self._is_loose |= len(others) > 1
+        if is_newest and base is None:
+            self._chains[origin] = (frame,)
         else:
-            del self._chains[origin]
+            self._chains.pop(origin, None)
         return frame
 
     def _is_all_needed(self, origin: str, keep_frame_ids: Collection[str]) -> bool:

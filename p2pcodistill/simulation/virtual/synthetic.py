@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from p2pcodistill import telemetry
 from p2pcodistill.checkpoint.chain import MAX_CHAIN_FRAMES
 from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES
 from p2pcodistill.simulation.virtual.clock import VirtualClock
@@ -22,10 +21,11 @@ from p2pcodistill.simulation.virtual.knowledge import (
     learn,
     learn_own,
     nothing,
-    pass_on,
+    take_over,
 )
 from p2pcodistill.simulation.virtual.ranks import EncodedBytes
 from p2pcodistill.simulation.virtual.site import VirtualSite
+from p2pcodistill.telemetry import training_events
 
 _MAX_DELTAS = MAX_CHAIN_FRAMES // 2
 """As many delta frames of a teacher in a row are replaced by a keyframe, as real ranks do."""
@@ -122,7 +122,7 @@ class SyntheticRanks:
         self._needs_keyframe = True
         self._counted_s, self._is_running = self._clock.now_s, True
         self._site.report(
-            telemetry.TrainingStarted(
+            training_events.TrainingStarted(
                 self.num_steps, self._step_of(self._schedule.num_versions - 1), 0, 1, "virtual", "none"
             )
         )
@@ -145,12 +145,15 @@ class SyntheticRanks:
         """See `ranks.Ranks`."""
         chain = self._site.store.chain(origin)
         version = chain[-1].version
-        knowledge = decode_knowledge(chain[-1].chunks[0], self._num_members)
-        passed = self._held[origin] = pass_on(knowledge)
-        self._site.report(telemetry.TeacherSwapped(self.num_steps, origin, version.incarnation, version.step))
+        data = chain[-1].chunks[0]
+        taken = self._held[origin] = take_over(data, self._num_members)
+        self._site.report(
+            training_events.TeacherSwapped(self.num_steps, origin, version.incarnation, version.step)
+        )
         if origin in self._turn():
-            self._tell(passed)
+            self._tell(taken)
         if len(chain) > _MAX_DELTAS:
+            knowledge = decode_knowledge(data, self._num_members)
             frame = self._encode(version.step, knowledge, is_keyframe=True)
             self._site.keep_keyframe(origin, version, frame)
 
@@ -167,6 +170,13 @@ class SyntheticRanks:
         self._launch += 1
         if self._is_running:
             self._wait()
+
+    def forget(self) -> None:
+        """See `ranks.Ranks`. It publishes all versions anew."""
+        self._knowledge = nothing(self._num_members)
+        self._held.clear()
+        self._num_published = self._num_deltas = self._last_step = 0
+        self._counted_steps = 0.0
 
     def corrupt(self) -> None:
         """See `ranks.Ranks`. Ruined weights teach nothing."""
@@ -227,7 +237,7 @@ class SyntheticRanks:
         self._site.publish(self._encode(self._last_step, self._knowledge, is_keyframe=is_keyframe))
         if self.has_finished:
             self._count()
-            self._site.report(telemetry.TrainingEnded(self._last_step, True, 0.0, self._clock.now_s))
+            self._site.report(training_events.TrainingEnded(self._last_step, True, 0.0, self._clock.now_s))
             self._site.finish()
         self._wait()
 

@@ -6,21 +6,33 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from p2pcodistill import telemetry
 from p2pcodistill.checkpoint.manifest import DEFAULT_CHUNK_BYTES
 from p2pcodistill.gossip.protocol import DEFAULT_WINDOW_BYTES
+from p2pcodistill.links import choose_chunk_bytes
 from p2pcodistill.report.staleness import StalenessTracker
-from p2pcodistill.simulation.scenario import FaultConfig
+from p2pcodistill.simulation.fault_config import FaultConfig
 from p2pcodistill.simulation.virtual.run import Shapes, VirtualRun, VirtualSettings
-from p2pcodistill.simulation.virtual.site import OnEvent
 from p2pcodistill.simulation.virtual.spread import SpreadTracker
+from p2pcodistill.simulation.virtual.surroundings import OnEvent
 from p2pcodistill.simulation.virtual.synthetic import SyntheticModel, SyntheticRanks, SyntheticSchedule
+from p2pcodistill.telemetry import node_events, simulation_events, training_events
+from p2pcodistill.telemetry.event import Event as TelemetryEvent
 from p2pcodistill.topology.graph import Topology
 
 _PATIENCE_INTERVALS = 20
 """How long a run goes on after the last version should have been published, for stragglers."""
 _GC_THRESHOLD = 100_000
 """Next to nothing of what a large run makes is garbage before its end: looking for it all the time would cost a sixth."""
+
+
+def _least_chunk_bytes(topology: Topology, settings: VirtualSettings, shapes: Shapes) -> int:
+    """The smallest chunks that any site makes of a small frame, for a student behind the thinnest link."""
+    rates = [shape.bytes_per_s for both in shapes.values() for shape in both]
+    for site, caps in settings.caps.items():
+        rates += caps.link_bytes_s.values()
+        if caps.site_bytes_s is not None:
+            rates.append(caps.site_bytes_s / max(1, len(topology.students_of(site))))
+    return choose_chunk_bytes(0, min((rate for rate in rates if rate is not None), default=None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +60,16 @@ class SyntheticRun:
         shapes: Shapes | None = None,
         faults: Sequence[FaultConfig] = (),
         keep_curves: bool = False,
-        on_event: OnEvent = lambda _time_s, _site, _event: None,
+        on_event: OnEvent | None = None,
         on_fault: Callable[[float, FaultConfig], None] = lambda _time_s, _fault: None,
     ) -> None:
         settings = settings or VirtualSettings(
             chunk_bytes=DEFAULT_CHUNK_BYTES, window_bytes=DEFAULT_WINDOW_BYTES
         )
-        scale = model.scale_for(len(topology.members), chunk_bytes=settings.chunk_bytes)
+        shortest_bytes = (
+            settings.chunk_bytes * _least_chunk_bytes(topology, settings, shapes or {}) // DEFAULT_CHUNK_BYTES
+        )
+        scale = model.scale_for(len(topology.members), chunk_bytes=shortest_bytes)
         self.staleness = StalenessTracker(keep_curves=keep_curves)
         self.spread = SpreadTracker(topology.members)
         self.num_deliveries = 0
@@ -82,7 +97,8 @@ class SyntheticRun:
             on_event=self._note,
             on_fault=self._note_fault,
         )
-        for site in self.network.sites.values():
+        sites, impostors = self.network.sites.values(), self.network.impostors.values()
+        for site in (*sites, *impostors):
             site.ranks = SyntheticRanks(
                 site,
                 topology.members,
@@ -91,7 +107,7 @@ class SyntheticRun:
                 schedule,
                 self.network.clock,
                 bytes_scale=scale,
-                on_knowledge=self.spread.update,
+                on_knowledge=None if site in impostors else self.spread.update,
             )
 
     def run(self, until_s: float | None = None) -> None:
@@ -102,7 +118,7 @@ class SyntheticRun:
         thresholds = gc.get_threshold()
         gc.set_threshold(_GC_THRESHOLD, *thresholds[1:])
         try:
-            self.network.run(until_s, is_over=lambda: self.is_complete)
+            self.network.run(until_s, is_over=lambda: not self._edges_left)
         finally:
             gc.set_threshold(*thresholds)
         self.staleness.close(self.network.clock.now_s)
@@ -123,16 +139,18 @@ class SyntheticRun:
 
     def _note_fault(self, time_s: float, fault: FaultConfig) -> None:
         for site in fault.sites:
-            self.staleness.update(time_s, site, telemetry.FaultInjected(site, fault.kind, 0))
+            self.staleness.update(time_s, site, simulation_events.FaultInjected(site, fault.kind, 0))
         self._on_fault(time_s, fault)
 
-    def _note(self, time_s: float, site: str, event: telemetry.Event) -> None:
-        if isinstance(event, telemetry.TeacherSwapped):
-            self.num_deliveries += 1
-            if event.teacher_step == self._last_step:
-                self._edges_left.discard((event.teacher, site))
-        elif isinstance(event, telemetry.FrameFetched):
+    def _note(self, time_s: float, site: str, event: TelemetryEvent) -> None:
+        if isinstance(event, node_events.FrameFetched):
             self.num_bytes_fetched += event.num_bytes
             self.num_resent_bytes += event.num_resent_bytes
-        self.staleness.update(time_s, site, event)
-        self._on_event(time_s, site, event)
+        elif not isinstance(event, node_events.VersionAnnounced):  # these two are by far the most
+            self.staleness.update(time_s, site, event)
+            if isinstance(event, training_events.TeacherSwapped):
+                self.num_deliveries += 1
+                if event.teacher_step == self._last_step:
+                    self._edges_left.discard((event.teacher, site))
+        if self._on_event is not None:
+            self._on_event(time_s, site, event)

@@ -1,0 +1,138 @@
+"""Arms side by side: loss against steps, time or bytes, and bars of what was measured, over seeds.
+
+A line is the mean over sites and seeds, its band the range over seeds. An arm keeps its colour in every picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeAlias
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+
+from p2pcodistill.report.arm_figures import ArmFigures, Point
+from p2pcodistill.report.figures import INK, SITE_COLOURS, new_figure, style
+from p2pcodistill.report.labels import LineEnd, label_ends
+from p2pcodistill.report.learning_curves import EARLY_SHARE
+from p2pcodistill.report.verdicts import Spread
+
+CurveAxis: TypeAlias = Literal["steps", "seconds", "bytes"]
+_LINES = ("-", (0, (4, 2)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
+_AXES: Mapping[CurveAxis, tuple[str, Callable[[Point], float]]] = {
+    "steps": ("step", lambda point: float(point.step)),
+    "seconds": ("seconds of training", lambda point: point.seconds),
+    "bytes": ("bytes sent by all sites", lambda point: float(point.num_bytes)),
+}
+
+
+def arm_colours(arms: Sequence[str]) -> dict[str, str]:
+    """A colour for each arm; with more arms than colours they come again, with another line."""
+    return {name: SITE_COLOURS[index % len(SITE_COLOURS)] for index, name in enumerate(arms)}
+
+
+def loss_curves(arms: Mapping[str, ArmFigures], axis: CurveAxis, *, loss_unit: str) -> Figure | None:
+    """Held-out loss of each arm over `axis`; None where no arm has anything to show over it.
+
+    Arms that took none of it (a lone site sends no bytes) are drawn across, at their final loss. Bytes, of which one arm may
+    send a thousand times as many as another, are on a logarithmic scale.
+    """
+    label, amount = _AXES[axis]
+    means = {name: _mean_over_seeds(arm, amount) for name, arm in arms.items()}
+    amounts_taken = [point[0] for line in means.values() for point in line if point[0] > 0]
+    if not amounts_taken:
+        return None
+    largest = max(amounts_taken)
+    smallest = min(amounts_taken) if axis == "bytes" else 0.0
+    colours = arm_colours(list(arms))
+    with style():
+        figure, (axes,) = new_figure(9.0, 4.9)
+        ends = []
+        for index, (name, line) in enumerate(means.items()):
+            if not line:
+                continue
+            if line[-1][0] <= 0:
+                line = [(smallest, *line[-1][1:]), (largest, *line[-1][1:])]
+            line = [point for point in line if point[0] >= smallest]
+            shape = _LINES[index // len(SITE_COLOURS) % len(_LINES)]
+            amounts, losses, lows, highs = zip(*line, strict=True)
+            axes.plot(amounts, losses, color=colours[name], linestyle=shape, zorder=3)
+            axes.fill_between(amounts, lows, highs, color=colours[name], alpha=0.15, linewidth=0)
+            ends.append(LineEnd(amounts[-1], losses[-1], f"{name}  {losses[-1]:.3f}", colours[name]))
+        axes.set_ylim(*_loss_range([line for line in means.values() if line]))
+        axes.set_xlabel(label)
+        axes.set_ylabel(f"held-out loss ({loss_unit})")
+        axes.set_title(f"Held-out loss over {axis}")
+        if axis == "bytes":
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=axis == "steps"))
+        axes.set_xlim(smallest, largest)
+        label_ends(axes, ends, height_points=0.82 * 72 * figure.get_figheight())
+        return figure
+
+
+def bars(figures: Mapping[str, Spread], *, title: str, unit: str) -> Figure:
+    """A bar for each arm, with the range over seeds as a whisker and the mean written at it."""
+    colours = arm_colours(list(figures))
+    with style():
+        figure, (axes,) = new_figure(9.0, 1.1 + 0.42 * len(figures))
+        for place, (name, of) in enumerate(figures.items()):
+            axes.barh(place, of.mean, color=colours[name], height=0.62, zorder=2)
+            axes.plot([of.lowest, of.highest], [place, place], color=INK, linewidth=1.4, zorder=3)
+            _write_at(axes, of, place)
+        axes.set_yticks(range(len(figures)), list(figures))
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.margins(x=0.16)
+        axes.set_xlabel(unit)
+        axes.set_title(title)
+        return figure
+
+
+def _write_at(axes: Axes, of: Spread, place: int) -> None:
+    spread = f" ± {of.half_range:.2g}" if of.num > 1 else ""
+    end = max(of.mean, of.highest) if of.mean >= 0 else min(of.mean, of.lowest)
+    axes.annotate(
+        f"{of.mean:.4g}{spread}",
+        (end, place),
+        xytext=(5 if of.mean >= 0 else -5, 0),
+        textcoords="offset points",
+        ha="left" if of.mean >= 0 else "right",
+        va="center",
+        fontsize=9,
+    )
+
+
+def _mean_over_seeds(
+    arm: ArmFigures, amount: Callable[[Point], float]
+) -> list[tuple[float, float, float, float]]:
+    """(amount, mean loss, lowest, highest) at each step at which every seed was evaluated and did not diverge."""
+    by_step = [{point.step: point for point in curve} for curve in arm.curves.values()]
+    steps = sorted(set.intersection(*(set(of) for of in by_step))) if by_step else []
+    line = []
+    for step in steps:
+        points = [of[step] for of in by_step]
+        losses = [point.loss for point in points]
+        if all(map(math.isfinite, losses)):
+            mean_amount = math.fsum(map(amount, points)) / len(points)
+            line.append((mean_amount, math.fsum(losses) / len(losses), min(losses), max(losses)))
+    return line
+
+
+def _loss_range(lines: Sequence[Sequence[tuple[float, float, float, float]]]) -> tuple[float, float]:
+    """What of the losses is shown: all but each arm's steep start."""
+    late = [
+        loss
+        for line in lines
+        for amount, *losses in (line if line[-1][0] > 0 else line[-1:])
+        if amount >= EARLY_SHARE * line[-1][0]
+        for loss in losses
+    ]
+    low, high = min(late), max(late)
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin

@@ -1,0 +1,277 @@
+"""Claims are settled by what the runs say, whatever that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from p2pcodistill.errors import ConfigError
+from p2pcodistill.report.arm_figures import ArmFigures, Point, Predicted, arm_figures, read_predictions
+from p2pcodistill.report.claim_config import MEASURES, ClaimConfig, check_claims
+from p2pcodistill.report.claims import Settled, settle, strongest
+from p2pcodistill.report.history import SiteHistory
+from p2pcodistill.report.summary import ArmResult
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.node_events import TrafficMeasured
+from p2pcodistill.telemetry.records import to_record
+from p2pcodistill.telemetry.training_events import Evaluated
+
+
+def arm(
+    name: str,
+    losses: Mapping[int, Sequence[float]],
+    *,
+    seconds_per_step: float = 1.0,
+    bytes_per_step: int = 0,
+    metrics: Mapping[str, float] | None = None,
+    predictions: Mapping[int, Mapping[str, Predicted]] | None = None,
+) -> ArmFigures:
+    """An arm that was evaluated every 10 steps."""
+    curves = {
+        seed: [
+            Point(step, loss, seconds_per_step * step, bytes_per_step * step, metrics or {})
+            for step, loss in zip(range(10, 10 * len(curve) + 1, 10), curve, strict=True)
+        ]
+        for seed, curve in losses.items()
+    }
+    return ArmFigures(name, "alone", curves, predictions or {seed: {} for seed in losses})
+
+
+def told(claim: dict[str, Any], *arms: ArmFigures) -> Settled:
+    config = ClaimConfig(**({"text": "it is so", "arm": arms[0].name} | claim))
+    (settled,) = settle([config], {of.name: of for of in arms})
+    return settled
+
+
+OURS = arm("ours", {0: [4.0, 3.0, 2.0], 1: [4.0, 2.0, 1.0]}, bytes_per_step=2)
+THEIRS = arm("theirs", {0: [5.0, 4.0, 3.0], 1: [5.0, 4.0, 3.5]}, seconds_per_step=2.0, bytes_per_step=1)
+WORSE = arm("worse", {0: [5.0, 5.0, 2.5], 1: [6.0, 6.0, 6.0]})
+
+
+def test_the_strongest_baseline_is_the_one_with_the_lowest_mean() -> None:
+    assert strongest([WORSE, THEIRS]) is THEIRS
+    assert strongest([arm("diverged", {0: [1.0], 1: [math.nan]}), WORSE]) is WORSE
+
+
+@pytest.mark.parametrize(
+    ("measure", "figures"),
+    [
+        ("loss-difference", {"0": -1.0, "1": -2.5}),
+        ("loss-ratio", {"0": 2 / 3, "1": 1 / 3.5}),
+        # Down to 3.0 at step 20; from 4.0 at 10 down to 2.0 at 20, 3.5 is at 12.5.
+        ("steps-ratio", {"0": 20 / 30, "1": 12.5 / 30}),
+        ("seconds-ratio", {"0": 20 / 60, "1": 12.5 / 60}),
+        ("bytes-ratio", {"0": 40 / 30, "1": 25 / 30}),
+    ],
+)
+def test_an_arm_is_compared_under_the_same_seed(measure: str, figures: dict[str, float]) -> None:
+    settled = told({"measure": measure, "against": ("worse", "theirs")}, OURS, THEIRS, WORSE)
+    assert settled.baseline == "theirs"
+    assert settled.figures == pytest.approx(figures)
+    assert settled.figure is not None
+    assert settled.figure.mean == pytest.approx(sum(figures.values()) / 2)
+    assert settled.verdict is None, "nothing was claimed"
+    assert settled.never == ()
+
+
+def test_an_arm_that_never_gets_there_counts_as_all_that_it_took() -> None:
+    settled = told({"measure": "steps-ratio", "against": ("ours",), "at_most": 0.9}, THEIRS, OURS)
+    assert settled.figures == {"0": 1.0, "1": 1.0}
+    assert settled.never == ("0", "1")
+    assert settled.verdict == "contradicted"
+
+
+@pytest.mark.parametrize(
+    ("bound", "verdict"),
+    [
+        ({"at_most": -1.5}, "reproduced"),
+        ({"at_most": -1.5, "beyond_spread": True}, "not at this scale"),
+        ({"at_most": -1.0, "beyond_spread": True}, "reproduced"),
+        ({"at_most": -2.0}, "not at this scale"),
+        ({"at_least": 0.5}, "contradicted"),
+    ],
+)
+def test_verdicts_are_on_the_mean_or_on_every_seed(bound: dict[str, Any], verdict: str) -> None:
+    claim = {"measure": "loss-difference", "against": ("theirs",)} | bound
+    assert told(claim, OURS, THEIRS).verdict == verdict
+
+
+def test_the_gap_that_is_closed() -> None:
+    claim = {"measure": "gap-closed", "against": ("theirs",), "towards": "ours", "at_least": 0.4}
+    between = arm("between", {0: [2.5], 1: [3.0]})
+    settled = told(claim, between, THEIRS, OURS)
+    assert settled.figures == pytest.approx({"0": 0.5, "1": 0.2})
+    assert settled.verdict == "not at this scale"
+    settled = told(claim | {"against": ("ours",), "towards": "theirs"}, between, THEIRS, OURS)
+    assert (settled.figure, settled.verdict) == (None, None)
+    assert settled.why == "theirs is no better than ours under seed 0, 1: no gap"
+
+
+def predicted(*rows: float, labels: Sequence[int] = (0, 1)) -> Predicted:
+    positive_N = np.array(rows)
+    return Predicted(np.stack([1 - positive_N, positive_N], axis=1), np.array(labels))
+
+
+def test_churn_is_between_retrains_of_the_same_site() -> None:
+    ours = arm(
+        "ours",
+        {0: [1.0], 1: [1.0], 2: [1.0]},
+        predictions={
+            0: {"a": predicted(0.5, 0.5), "b": predicted(0.1, 0.1)},
+            1: {"a": predicted(0.6, 0.5), "b": predicted(0.1, 0.3)},
+            2: {"a": predicted(0.5, 0.5), "b": predicted(0.1, 0.1)},
+        },
+    )
+    theirs = arm(
+        "theirs",
+        {0: [1.0], 1: [1.0], 2: [1.0]},
+        predictions={
+            0: {"pooled": predicted(0.2, 0.2)},
+            1: {"pooled": predicted(0.4, 0.2)},
+            2: {"pooled": predicted(0.2, 0.4)},
+        },
+    )
+    assert told({"measure": "churn"}, ours).figures == pytest.approx({"0-1": 0.075, "0-2": 0.0, "1-2": 0.075})
+    ratio = told({"measure": "churn-ratio", "against": ("theirs",)}, ours, theirs)
+    assert ratio.figures == pytest.approx({"0-1": 0.75, "0-2": 0.0, "1-2": 0.375})
+    assert told({"measure": "diversity"}, ours).figures["0"] == pytest.approx(0.4)
+    assert told({"measure": "calibration-error"}, theirs).figures["0"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("measure", ["churn", "calibration-error", "diversity"])
+def test_without_predictions_there_is_no_figure(measure: str) -> None:
+    settled = told({"measure": measure}, OURS)
+    assert settled.figure is None
+    assert settled.why.startswith("ours has")
+
+
+def test_metrics_of_the_task() -> None:
+    ours, theirs = (
+        arm("ours", {0: [1.0]}, metrics={"accuracy": 0.9}),
+        arm("theirs", {0: [1.0]}, metrics={"accuracy": 0.7}),
+    )
+    assert told({"measure": "metric", "metric": "accuracy"}, ours).figures == {"0": 0.9}
+    settled = told(
+        {"measure": "metric-difference", "metric": "accuracy", "against": ("theirs",)}, ours, theirs
+    )
+    assert settled.figures == pytest.approx({"0": 0.2})
+    assert (
+        told({"measure": "metric", "metric": "auc"}, ours).why
+        == "ours has no metric 'auc'; there are accuracy"
+    )
+
+
+def test_a_run_that_diverged_is_no_figure() -> None:
+    settled = told(
+        {"measure": "loss-difference", "against": ("theirs",)}, arm("ours", {0: [math.nan], 1: [1.0]}), THEIRS
+    )
+    assert settled.figure is None
+    assert settled.why == "there is no figure under seed 0: it diverged, or was not evaluated"
+
+
+def test_every_measure_is_taken_by_something() -> None:
+    predictions = {seed: {"a": predicted(0.5, 0.5), "b": predicted(0.1 + 0.2 * seed, 0.1)} for seed in (0, 1)}
+    ours, theirs, third = (
+        arm(
+            name,
+            {0: [3.0, loss], 1: [3.0, loss]},
+            bytes_per_step=1,
+            metrics={"m": 1.0},
+            predictions=predictions,
+        )
+        for name, loss in (("ours", 1.0), ("theirs", 2.0), ("third", 0.5))
+    )
+    for measure, needs in MEASURES.items():
+        claim: dict[str, Any] = {"measure": measure}
+        claim |= {"against": ("theirs",)} if needs.is_compared else {}
+        claim |= {"metric": "m"} if measure.startswith("metric") else {}
+        claim |= {"towards": "third"} if measure == "gap-closed" else {}
+        assert told(claim, ours, theirs, third).figure is not None, measure
+
+
+# --- from the logs -------------------------------------------------------------------------------------------------
+
+
+def history(*told: tuple[float, Event]) -> SiteHistory:
+    return SiteHistory.of(to_record(event, time_unix_s=time_s) for time_s, event in told)
+
+
+def test_an_arm_of_several_sites_has_the_curve_of_their_mean(tmp_path: Path) -> None:
+    sites = {
+        "a": history(
+            (100.0, Evaluated(10, 3.0, 0.1, {"accuracy": 0.5, "own": 1.0})),
+            (103.0, TrafficMeasured(500, 0, {}, {})),
+            (104.0, Evaluated(20, 2.0, 0.1, {"accuracy": 0.6})),
+        ),
+        "b": history(
+            (100.0, Evaluated(10, 5.0, 0.1, {"accuracy": 0.7})),
+            (101.0, TrafficMeasured(100, 0, {}, {})),
+            (106.0, Evaluated(20, 4.0, 0.1, {"accuracy": 0.8})),
+            (107.0, Evaluated(30, 3.0, 0.1, {"accuracy": 0.8})),
+        ),
+    }
+    for site in sites:
+        (tmp_path / site).mkdir()
+    save_file(
+        {"probabilities_NC": np.full((3, 2), 0.5, np.float32), "labels_N": np.array([0, 1, 1])},
+        tmp_path / "a" / "predictions.safetensors",
+    )
+    figures = arm_figures([ArmResult("ours", "codistilled", 7, sites)], {("ours", 7): tmp_path})["ours"]
+    first, last = figures.curves[7]
+    assert (first.step, first.loss, first.num_bytes) == (10, 4.0, 0)
+    assert (last.step, last.loss, last.seconds, last.num_bytes) == (20, 3.0, 6.0, 600)
+    assert first.metrics == pytest.approx({"accuracy": 0.6})
+    assert list(figures.predictions[7]) == ["a"]
+    assert figures.predictions[7]["a"].labels_N.tolist() == [0, 1, 1]
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.safetensors"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="holds no predictions"):
+        read_predictions(path)
+    save_file({"probabilities_NC": np.zeros((3, 2)), "labels_N": np.zeros(4)}, path)
+    with pytest.raises(ValueError, match="other shapes"):
+        read_predictions(path)
+
+
+# --- bad claims ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        ({"measure": "loss-ratio"}, "needs against: name the arms"),
+        ({"measure": "churn", "against": ("theirs",)}, "has no against: remove it"),
+        ({"measure": "gap-closed", "against": ("theirs",)}, "towards is for the measure gap-closed"),
+        ({"measure": "churn", "towards": "theirs"}, "towards is for the measure gap-closed"),
+        ({"measure": "metric"}, "metric is for the measures"),
+        ({"measure": "loss-ratio", "against": ("a",), "at_most": 1.0, "at_least": 1.0}, "remove one of them"),
+        ({"measure": "churn", "at_most": 0.1}, r"say what the figure is where there is no effect"),
+    ],
+)
+def test_a_claim_that_cannot_be_settled_is_one_line(claim: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refusal:
+        ClaimConfig(**({"text": "it is so", "arm": "ours"} | claim))
+    assert "it is so" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        ({"arm": "our", "measure": "final-loss"}, "speaks of 'our', which is none of the arms ours, theirs"),
+        ({"measure": "loss-ratio", "against": ("thiers",)}, "speaks of 'thiers'"),
+        ({"measure": "loss-ratio", "against": ("theirs", "ours")}, "compares 'ours' with itself"),
+        ({"measure": "churn"}, "list at least 2 seeds"),
+    ],
+)
+def test_claims_fit_the_arms_and_seeds(claim: dict[str, Any], message: str) -> None:
+    config = ClaimConfig(**({"text": "it is so", "arm": "ours"} | claim))
+    with pytest.raises(ConfigError, match=message):
+        check_claims((config,), {"ours": "alone", "theirs": "pooled"}, num_seeds=1)
