@@ -91,10 +91,14 @@ def _settle(claim: ClaimConfig, arms: Mapping[str, ArmFigures]) -> Settled:
         figures = _FIGURES[claim.measure](claim, arms, baseline)
         figure = _spread(figures)
     except _Untold as reason:
-        return Settled(claim, baseline and baseline.name, {}, None, None, why=str(reason))
+        return Settled(claim, _name_of(baseline), {}, None, None, why=str(reason))
     never = _never(claim, arms[claim.arm], baseline) if claim.measure in _AXES else ()
     verdict = judge(_as_judged(claim), figure) if claim.is_judged else None
-    return Settled(claim, baseline and baseline.name, figures, figure, verdict, never)
+    return Settled(claim, _name_of(baseline), figures, figure, verdict, never)
+
+
+def _name_of(arm: ArmFigures | None) -> str | None:
+    return None if arm is None else arm.name
 
 
 def strongest(arms: Sequence[ArmFigures]) -> ArmFigures:

@@ -126,7 +126,7 @@ def outcome_in_words(settled: Settled) -> str:
     """The verdict, and what has to be said with it."""
     if settled.figure is None:
         return f"cannot be told: {settled.why}"
-    words = settled.verdict or "measured"
+    words: str = settled.verdict or "measured"
     if settled.never:
         words += f"; never got there under seed {', '.join(settled.never)}"
     return words

@@ -84,7 +84,7 @@ def test_two_machines_with_one_identity_beside_ruined_weights_and_a_black_hole(t
     faults = [
         {"kind": "impostor", "sites": ["tokyo"], "at_step": 300},
         {"kind": "corrupt", "sites": ["accra"], "at_step": 300},
-        {"kind": "black-hole", "sites": ["lima"], "from_sites": ["tokyo"], "at_step": 500},
+        {"kind": "black-hole", "sites": ["lima"], "from_sites": ["accra"], "at_step": 500},
         {"kind": "heal", "sites": ["lima"], "at_step": 700},
     ]
     run = FaultRun(
@@ -101,6 +101,6 @@ def test_two_machines_with_one_identity_beside_ruined_weights_and_a_black_hole(t
         readmitted = run.events(neighbour, "teacher-readmitted", teacher="accra")
         assert not [r for r in readmitted if r["time_unix_s"] > gated["time_unix_s"]]
         assert not run.events(neighbour, "teacher-refused", teacher="accra"), "they are valid"
-    assert run.link("lima", "tokyo")["num_swallowed"] > 0
+    assert run.link("lima", "accra")["num_swallowed"] > 0
     run.require_healthy("accra")
     run.require_whole_stores()

@@ -25,7 +25,7 @@ from p2pcodistill.simulation.virtual.ranks import EncodedBytes
 from p2pcodistill.simulation.virtual.site import VirtualSite
 from p2pcodistill.simulation.virtual.store import MemoryFrame
 from p2pcodistill.telemetry.event import Event
-from p2pcodistill.telemetry.training_events import SnapshotSkipped, StepMeasured, TrainingEnded
+from p2pcodistill.telemetry.training_events import Evaluated, SnapshotSkipped, StepMeasured, TrainingEnded
 
 MAX_DECODED_BYTES = 1 << 30
 _MAX_DELTAS = MAX_CHAIN_FRAMES // 2
@@ -93,6 +93,8 @@ class VirtualExchange:
         """See `codistill.exchange.Exchange`. What the exchange really costs the training thread is no virtual time."""
         if isinstance(event, StepMeasured | TrainingEnded):
             event = dataclasses.replace(event, exchange_s=0.0)
+        if isinstance(event, Evaluated):
+            self._site.report_traffic()  # losses are compared over bytes, too
         self._site.report(event)
 
     def close(self) -> None:

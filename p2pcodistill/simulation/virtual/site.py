@@ -183,6 +183,11 @@ class VirtualSite:
         """Add an event to this site's log, now."""
         self._around.on_event(self._clock.now_s, self.name, event)
 
+    def report_traffic(self) -> None:
+        """Tell what the links have carried by now, where there are any."""
+        if self.links:
+            self.report(self._traffic.measure(self._clock.now_s))
+
     def publish(self, frame: EncodedBytes) -> SignedManifest:
         """Sign, store and announce a frame. A keyframe may be of the version that was published last."""
         assert frame.is_keyframe or self._last is not None, "a delta frame has a base"
