@@ -1,6 +1,7 @@
 """What an arm came to, under each seed: the figures that claims and comparisons are made of.
 
-An arm of several sites has the curve of their mean: every point is the mean over sites of what was measured at that step.
+An arm of several sites has the curve of their mean, without sites that did not finish: every point is the mean over sites of
+what was measured at that step.
 Seconds are those of the slowest site, bytes those that all sites sent together.
 """
 
@@ -80,10 +81,16 @@ def arm_figures(
         figures[name] = ArmFigures(
             name,
             own[0].kind,
-            {result.seed: _mean_curve(list(result.sites.values())) for result in own},
+            {result.seed: _mean_curve(_finished(result)) for result in own},
             {result.seed: _read_predictions(result, folders.get((name, result.seed))) for result in own},
         )
     return figures
+
+
+def _finished(result: ArmResult) -> list[SiteHistory]:
+    """Of the sites that finished; one that a fault took away would end the curve of all."""
+    finished = [history for history in result.sites.values() if history.finished]
+    return finished or list(result.sites.values())
 
 
 def _mean_curve(histories: Sequence[SiteHistory]) -> list[Point]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from pydantic import model_validator
+from pydantic import FiniteFloat, model_validator
 
 from p2pcodistill.errors import ConfigError
 from p2pcodistill.strict import StrictModel
@@ -66,7 +66,7 @@ class ClaimConfig(StrictModel):
     """Of which arm."""
     measure: MeasureName
     """`final-loss`: the held-out loss in the end, mean over sites. `loss-difference`, `loss-ratio`: to that of `against`.
-    `steps-ratio`, `seconds-ratio`, `bytes-ratio`: what it takes to come down to the final loss of `against`, as a share of
+    `steps-ratio`, `seconds-ratio`, `bytes-ratio`: what it takes to come down to the best loss of `against`, as a share of
     what that took. `gap-closed`: of the gap from `against` to `towards`. `churn`, `churn-ratio`: how far predictions of
     retrains (seeds) are apart. `calibration-error`: ECE. `diversity`: how far predictions of an arm's sites are apart.
     `metric`, `metric-difference`: `metric` of the task in the end."""
@@ -76,11 +76,11 @@ class ClaimConfig(StrictModel):
     """The arm on the other side of the gap, where the measure is `gap-closed`."""
     metric: str | None = None
     """What the task calls it, where the measure is of one."""
-    at_most: float | None = None
+    at_most: FiniteFloat | None = None
     """What the figure is claimed to be at most. Neither this nor `at_least`: it is only measured."""
-    at_least: float | None = None
+    at_least: FiniteFloat | None = None
     """What it is claimed to be at least."""
-    no_effect: float | None = None
+    no_effect: FiniteFloat | None = None
     """The figure of an arm that is no better than `against`; by default 1 for ratios, 0 for differences and gaps."""
     beyond_spread: bool = False
     """Whether every seed has to bear it out, and not only the mean."""
@@ -122,18 +122,32 @@ class ClaimConfig(StrictModel):
         return self.at_most is not None or self.at_least is not None
 
 
-def check_claims(claims: tuple[ClaimConfig, ...], arms: Mapping[str, str], num_seeds: int) -> None:
-    """Raise ConfigError for claims that no run of these `arms` ({name: kind}) under so many seeds could settle."""
+def check_claims(
+    claims: tuple[ClaimConfig, ...], num_sites_of_arms: Mapping[str, int], num_seeds: int
+) -> None:
+    """Raise ConfigError for claims that no run could settle in which arms have so many models, under so many seeds."""
     for claim in claims:
         named = [claim.arm, *claim.against, *([claim.towards] if claim.towards is not None else [])]
         for name in named:
-            if name not in arms:
+            if name not in num_sites_of_arms:
                 raise ConfigError(
-                    f"the claim {claim.text!r} speaks of {name!r}, which is none of the arms {', '.join(arms)}"
+                    f"the claim {claim.text!r} speaks of {name!r}, which is none of the arms {', '.join(num_sites_of_arms)}"
                 )
         if claim.arm in named[1:]:
             raise ConfigError(
                 f"the claim {claim.text!r} compares {claim.arm!r} with itself: remove it from against"
+            )
+        if claim.towards in claim.against:
+            raise ConfigError(
+                f"the claim {claim.text!r} has {claim.towards!r} on both sides of the gap: remove one"
+            )
+        if claim.measure == "diversity" and num_sites_of_arms[claim.arm] < 2:
+            raise ConfigError(
+                f"the claim {claim.text!r} is of an arm with a single model: choose one of several sites"
+            )
+        if claim.beyond_spread and num_seeds < 2:
+            raise ConfigError(
+                f"the claim {claim.text!r} is beyond_spread, and one seed has none: list several seeds"
             )
         if num_seeds < claim.needs.num_seeds:
             raise ConfigError(

@@ -4,9 +4,10 @@ How each measure is taken, under every seed (see `claim_config` for what a claim
 
 - `final-loss`, `metric`: of the last evaluation, mean over sites. `loss-difference`, `loss-ratio`, `metric-difference`:
   the arm's, minus or divided by the strongest baseline's under the same seed.
-- `steps-ratio`, `seconds-ratio`, `bytes-ratio`: what the mean of the arm's sites takes to come down to the final loss of
-  the strongest baseline, divided by what that took in all. Where it never does, what the arm took in all, and no less than
-  1: such a seed is told of (`never`).
+- `steps-ratio`, `seconds-ratio`, `bytes-ratio`: what the mean of the arm's sites takes to come down to the best loss of the
+  strongest baseline, divided by what that took to get there: two equal curves give 1. Where an arm never gets there, the
+  figure is at least what it took in all, and no less than 1: such a seed is told of (`never`), and the claim is not
+  reproduced, whatever the mean.
 - `gap-closed`: (against - arm) / (against - towards), of final losses. Undefined where there is no gap.
 - `churn`, `churn-ratio`: of every two seeds, how far the predictions of the same site are apart, mean over sites; the ratio
   is to the baseline's of the same two seeds.
@@ -90,10 +91,12 @@ def _settle(claim: ClaimConfig, arms: Mapping[str, ArmFigures]) -> Settled:
             baseline = strongest([arms[name] for name in claim.against])
         figures = _FIGURES[claim.measure](claim, arms, baseline)
         figure = _spread(figures)
-    except _Untold as reason:
+    except (_Untold, ValueError) as reason:  # predictions of other examples, for one, cannot be compared
         return Settled(claim, _name_of(baseline), {}, None, None, why=str(reason))
     never = _never(claim, arms[claim.arm], baseline) if claim.measure in _AXES else ()
     verdict = judge(_as_judged(claim), figure) if claim.is_judged else None
+    if never and verdict == "reproduced":  # what was seen is a bound from below, which draws the mean down
+        verdict = "not at this scale"
     return Settled(claim, _name_of(baseline), figures, figure, verdict, never)
 
 
@@ -180,11 +183,11 @@ def _amount_ratio(
     assert baseline is not None
     axis, figures = _AXES[claim.measure], {}
     for seed, curve in arms[claim.arm].curves.items():
-        theirs = baseline.curves[seed]
-        whole = axis(theirs[-1]) if theirs else 0.0
+        best = _best_loss(baseline, seed)
+        whole = amount_to_loss(baseline.curves[seed], best, axis)
         if not curve or not whole:
             raise _Untold(f"{baseline.name} has taken nothing that it could be a share of")
-        amount = amount_to_loss(curve, theirs[-1].loss, axis)
+        amount = amount_to_loss(curve, best, axis)
         figures[str(seed)] = amount / whole if amount is not None else max(1.0, axis(curve[-1]) / whole)
     return figures
 
@@ -195,8 +198,15 @@ def _never(claim: ClaimConfig, arm: ArmFigures, baseline: ArmFigures | None) -> 
     return tuple(
         str(seed)
         for seed, curve in arm.curves.items()
-        if amount_to_loss(curve, baseline.curves[seed][-1].loss, axis) is None
+        if amount_to_loss(curve, _best_loss(baseline, seed), axis) is None
     )
+
+
+def _best_loss(baseline: ArmFigures, seed: int) -> float:
+    losses = [point.loss for point in baseline.curves[seed] if math.isfinite(point.loss)]
+    if not losses:
+        raise _Untold(f"{baseline.name} was never evaluated under seed {seed}, or diverged at once")
+    return min(losses)
 
 
 def _gap_closed(
@@ -233,7 +243,10 @@ def _churn_ratio(
     claim: ClaimConfig, arms: Mapping[str, ArmFigures], baseline: ArmFigures | None
 ) -> dict[str, float]:
     assert baseline is not None
-    return paired_ratios(_churn_of(arms[claim.arm]), _churn_of(baseline))
+    theirs = _churn_of(baseline)
+    if not all(theirs.values()):
+        raise _Untold(f"retrains of {baseline.name} do not differ: there is nothing to be a share of")
+    return paired_ratios(_churn_of(arms[claim.arm]), theirs)
 
 
 def _calibration_error(

@@ -127,6 +127,8 @@ def outcome_in_words(settled: Settled) -> str:
     if settled.figure is None:
         return f"cannot be told: {settled.why}"
     words: str = settled.verdict or "measured"
+    if settled.verdict is not None and settled.figure.num == 1:
+        words += " (one seed)"
     if settled.never:
         words += f"; never got there under seed {', '.join(settled.never)}"
     return words

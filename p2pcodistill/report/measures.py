@@ -81,8 +81,10 @@ def calibration_error(probabilities_NC: Probabilities, labels_N: Labels, *, num_
 
     Examples are binned by a predicted probability, and of each bin counts how far the mean prediction is from what came
     true. Of two classes that is the positive one's probability, and how often it was the label; of more, the probability of
-    the most likely class, and how often that was right.
+    the most likely class, and how often that was right. NaN of a model that diverged.
     """
+    if not np.isfinite(probabilities_NC).all():
+        return math.nan
     if probabilities_NC.shape[1] == 2:
         confidence_N, outcome_N = probabilities_NC[:, 1], labels_N == 1
     else:

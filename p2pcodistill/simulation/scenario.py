@@ -262,7 +262,8 @@ class ScenarioConfig(StrictModel):
         for site in itertools.chain(*of_links, *of_faults):
             if site not in self.site_names:
                 raise ConfigError(f"{site!r} has a link or a fault, but is none of the [[sites]]")
-        check_claims(self.claims, {arm.name: arm.kind for arm in self.arms}, len(self.seeds))
+        num_models = {arm.name: 1 if arm.of_kind.sites == "one" else len(self.sites) for arm in self.arms}
+        check_claims(self.claims, num_models, len(self.seeds))
         for site in self.site_names:
             require_order(site, [fault for fault in self.faults if site in fault.sites])
         return self

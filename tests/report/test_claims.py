@@ -17,10 +17,11 @@ from p2pcodistill.report.claim_config import MEASURES, ClaimConfig, check_claims
 from p2pcodistill.report.claims import Settled, settle, strongest
 from p2pcodistill.report.history import SiteHistory
 from p2pcodistill.report.summary import ArmResult
+from p2pcodistill.strict import parse_model
 from p2pcodistill.telemetry.event import Event
 from p2pcodistill.telemetry.node_events import TrafficMeasured
 from p2pcodistill.telemetry.records import to_record
-from p2pcodistill.telemetry.training_events import Evaluated
+from p2pcodistill.telemetry.training_events import Evaluated, TrainingEnded
 
 
 def arm(
@@ -195,6 +196,46 @@ def test_every_measure_is_taken_by_something() -> None:
         assert told(claim, ours, theirs, third).figure is not None, measure
 
 
+def test_two_equal_curves_are_no_effect_even_if_they_overfit() -> None:
+    losses = {seed: [3.0, 2.6, 2.4, 2.6, 2.8] for seed in (0, 1)}
+    claim = {"measure": "steps-ratio", "against": ("theirs",), "at_most": 0.85}
+    settled = told(claim, arm("ours", losses), arm("theirs", losses))
+    assert settled.figures == {"0": 1.0, "1": 1.0}
+    assert settled.verdict == "contradicted"
+
+
+def test_a_seed_that_never_gets_there_keeps_a_claim_from_being_reproduced() -> None:
+    theirs = arm("theirs", {key: [5.0, 4.0, 3.0, 2.0] for key in range(3)})
+    ours = arm("ours", {0: [1.0] * 4, 1: [1.0] * 4, 2: [9.0] * 4})
+    settled = told({"measure": "steps-ratio", "against": ("theirs",), "at_most": 0.55}, ours, theirs)
+    assert settled.figure is not None and settled.figure.mean == pytest.approx(0.5)
+    assert (settled.never, settled.verdict) == (("2",), "not at this scale")
+
+
+def test_what_cannot_be_compared_is_told_and_stops_nothing() -> None:
+    diverged = arm("theirs", {0: [math.nan], 1: [1.0]})
+    claim = {"measure": "steps-ratio", "against": ("theirs",)}
+    assert told(claim, OURS, diverged).why.startswith(
+        "theirs was never evaluated under seed 0, or diverged at once"
+    )
+    same = arm("same", {0: [1.0], 1: [1.0]}, predictions={key: {"a": predicted(0.5, 0.5)} for key in (0, 1)})
+    assert (
+        "nothing to be a share of"
+        in told({"measure": "churn-ratio", "against": ("same",)}, same_as(same), same).why
+    )
+    unlike = {0: {"a": predicted(0.5, 0.5), "b": predicted(0.5, labels=(1,))}}
+    assert "shapes" in told({"measure": "diversity"}, arm("unlike", {0: [1.0]}, predictions=unlike)).why
+    broken = {0: {"a": predicted(math.nan, 0.5)}}
+    assert (
+        "diverged"
+        in told({"measure": "calibration-error"}, arm("broken", {0: [1.0]}, predictions=broken)).why
+    )
+
+
+def same_as(other: ArmFigures) -> ArmFigures:
+    return arm("ours", {0: [1.0], 1: [1.0]}, predictions=other.predictions)
+
+
 # --- from the logs -------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +272,19 @@ def test_an_arm_of_several_sites_has_the_curve_of_their_mean(tmp_path: Path) -> 
     assert figures.predictions[7]["a"].labels_N.tolist() == [0, 1, 1]
 
 
+def test_a_site_that_a_fault_took_away_does_not_end_the_curve_of_all() -> None:
+    sites = {
+        "lost": history((1.0, Evaluated(10, 9.0, 0.1))),
+        "whole": history(
+            (1.0, Evaluated(10, 3.0, 0.1)),
+            (2.0, Evaluated(20, 2.0, 0.1)),
+            (2.0, TrainingEnded(20, True, 0.0, 2.0)),
+        ),
+    }
+    curve = arm_figures([ArmResult("ours", "codistilled", 0, sites)], {})["ours"].curves[0]
+    assert [(point.step, point.loss) for point in curve] == [(10, 3.0), (20, 2.0)]
+
+
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "predictions.safetensors"
     path.write_bytes(b"nonsense")
@@ -253,13 +307,16 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         ({"measure": "churn", "towards": "theirs"}, "towards is for the measure gap-closed"),
         ({"measure": "metric"}, "metric is for the measures"),
         ({"measure": "loss-ratio", "against": ("a",), "at_most": 1.0, "at_least": 1.0}, "remove one of them"),
+        ({"measure": "loss-ratio", "against": ("a",), "at_most": math.inf}, "finite number"),
         ({"measure": "churn", "at_most": 0.1}, r"say what the figure is where there is no effect"),
     ],
 )
 def test_a_claim_that_cannot_be_settled_is_one_line(claim: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as refusal:
-        ClaimConfig(**({"text": "it is so", "arm": "ours"} | claim))
-    assert "it is so" in str(refusal.value)
+    table = {"text": "it is so", "arm": "ours"} | claim
+    with pytest.raises(ConfigError, match=message):
+        parse_model(
+            ClaimConfig, {k: list(v) if isinstance(v, tuple) else v for k, v in table.items()}, source="file"
+        )
 
 
 @pytest.mark.parametrize(
@@ -269,9 +326,12 @@ def test_a_claim_that_cannot_be_settled_is_one_line(claim: dict[str, Any], messa
         ({"measure": "loss-ratio", "against": ("thiers",)}, "speaks of 'thiers'"),
         ({"measure": "loss-ratio", "against": ("theirs", "ours")}, "compares 'ours' with itself"),
         ({"measure": "churn"}, "list at least 2 seeds"),
+        ({"measure": "final-loss", "beyond_spread": True}, "one seed has none: list several seeds"),
+        ({"measure": "diversity", "arm": "theirs"}, "single model"),
+        ({"measure": "gap-closed", "against": ("theirs",), "towards": "theirs"}, "on both sides of the gap"),
     ],
 )
 def test_claims_fit_the_arms_and_seeds(claim: dict[str, Any], message: str) -> None:
     config = ClaimConfig(**({"text": "it is so", "arm": "ours"} | claim))
     with pytest.raises(ConfigError, match=message):
-        check_claims((config,), {"ours": "alone", "theirs": "pooled"}, num_seeds=1)
+        check_claims((config,), {"ours": 2, "theirs": 1}, num_seeds=1)
