@@ -99,7 +99,7 @@ class Performer:
                 chain = self._store.chain(stored.signed.manifest.origin)
                 return [gossip.FrameStored(frame_id, held=chain[-1].version if chain else None)]
             case gossip.AbandonFrame(frame_id):
-                self._store.abandon(frame_id)
+                await asyncio.to_thread(self._store.abandon, frame_id)  # it may wait for the disk
             case gossip.ServeChunk(peer, frame_id, index):
                 self._serve(peer, frame_id, index)
             case gossip.PinSchema(origin, schema_hash):

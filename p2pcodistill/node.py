@@ -186,7 +186,7 @@ class Node:
                     self._events.write(NodeStopped(site=self._config.name, reason=outcome.reason))
                 await self._transport.close()
                 self._link.close()
-                self._store.close()
+                await asyncio.to_thread(self._store.close)  # it may wait for the disk
                 self._events.close()
                 self._folder.close()
         return outcome

@@ -28,7 +28,7 @@ from p2pcodistill.checkpoint.manifest import (
     sign_manifest,
 )
 from p2pcodistill.checkpoint.store import FrameStore
-from p2pcodistill.errors import MalformedError, RefusedError
+from p2pcodistill.errors import MalformedError, OversizedError, RefusedError
 from p2pcodistill.group.link_messages import FrameReady, FrameTaken, ReferenceReady
 from p2pcodistill.identity import Identity
 from p2pcodistill.runfolder import is_full_disk
@@ -167,9 +167,9 @@ class Publisher:
                 return
             signed = self._sign(ready, path, chunks, origin=ready.origin, version=version, base=None)
             try:
-                await asyncio.to_thread(self._store.adopt, signed, path)
-            except OSError as error:
-                if not is_full_disk(error):
+                await asyncio.to_thread(self._store.adopt, signed, path, may_evict=False)
+            except (OSError, OversizedError) as error:
+                if isinstance(error, OSError) and not is_full_disk(error):
                     raise
                 path.unlink(missing_ok=True)  # the chain itself does for a while
 

@@ -96,7 +96,9 @@ class Uploads:
     async def _serve(self, peer: str, request: _Request, now_s: float) -> int:
         """Serve one request, if there is room for it; how many bytes were sent."""
         frame_id, index = request
-        data = self._store.read_chunk(frame_id, index)
+        # Who asks again may have found it damaged, as a disk does it that nobody has written to.
+        was_sent = request in self._sent.get(peer, ())
+        data = self._store.read_chunk(frame_id, index, verify=was_sent)
         if data is None:
             gone = Gone(frame_id)
             self._transport.send(peer, lane_of(gone), encode_message(gone))

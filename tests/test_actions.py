@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import threading
 
 import pytest
 
@@ -229,6 +230,14 @@ async def test_a_full_disk_refuses_a_teachers_frame_and_other_trouble_is_this_si
     with pytest.raises(OSError, match="trouble"):
         await site.performer.perform(action)
     assert num_faults == 2
+
+
+async def test_a_frame_is_abandoned_beside_the_loop_because_that_may_wait_for_the_disk(site, monkeypatch):
+    threads = []
+    monkeypatch.setattr(site.store, "abandon", lambda _: threads.append(threading.current_thread()))
+    assert await site.performer.perform(gossip.AbandonFrame("f" * 64)) == []
+    [thread] = threads
+    assert thread is not threading.current_thread()
 
 
 async def test_a_full_disk_for_this_sites_own_state_is_not_a_teachers_matter(site, monkeypatch):

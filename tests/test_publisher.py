@@ -263,12 +263,20 @@ async def test_a_reference_that_is_not_on_the_chain_is_forgotten(tmp_path, versi
         assert desk.records == [] and list(desk.outbox.iterdir()) == []
 
 
+async def test_a_reference_takes_no_room_of_what_the_ranks_may_be_reading(tmp_path):
+    async with running(Desk(tmp_path, max_bytes=3500)) as desk:
+        await fetch_chain(desk)
+        await desk.publish(desk.reference(100))
+        assert chain_of(desk) == [(50, "keyframe"), (100, "delta"), (150, "delta")]
+        assert desk.records == [] and list(desk.outbox.iterdir()) == []
+
+
 async def test_a_reference_that_a_full_disk_does_not_take_stops_nothing(tmp_path, monkeypatch):
     async with running(Desk(tmp_path)) as desk:
         await fetch_chain(desk)
         num_faults = 0
 
-        def adopt(signed, source):
+        def adopt(signed, source, *, may_evict):
             nonlocal num_faults
             num_faults += 1
             raise OSError(errno.ENOSPC, "No space left on device")

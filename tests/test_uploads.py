@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 
 import pytest
 
@@ -116,6 +117,21 @@ async def test_a_frame_that_is_no_longer_there_is_gone_and_told_once_a_request(o
     site.want("oslo", 0)
     assert await site.next_message("oslo") == Gone(site.frame_id)
     assert site.lost == [site.frame_id]
+
+
+async def test_a_chunk_that_is_asked_for_again_is_verified(open_site):
+    site = await open_site()
+    path = site.store.frames("berlin")[0].path
+    changed_ns = path.stat().st_mtime_ns
+    with path.open("r+b") as file:
+        file.write(b"?")
+    os.utime(path, ns=(changed_ns, changed_ns))  # as a disk does it that nobody has written to
+    site.want("oslo", 0)
+    damaged = await site.next_message("oslo")
+    assert damaged.index == 0 and bytes(damaged.data[:1]) == b"?"
+    site.want("oslo", 0)
+    assert await site.next_message("oslo") == Gone(site.frame_id)
+    assert site.lost == [site.frame_id] and site.store.frames("berlin") == ()
 
 
 async def test_a_peer_that_does_not_read_holds_up_nobody_and_fills_no_memory(open_site):

@@ -19,7 +19,7 @@ plane and imports neither torch nor numpy.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class FrameStore:
     Every method blocks on the disk. Threads may share a store. What makes frames durable (`adopt`, `begin`, `complete`)
     runs one at a time, and holds up no other call but `abandon` and `close`. A full disk surfaces
     as OSError from the method that met it, a frame for which the store's own cap leaves no room as OversizedError;
-    both leave the store as it was before the call.
+    both leave the store as it was before the call, but for what `begin` has removed to make room.
     """
 
     def __init__(
@@ -102,7 +102,8 @@ class FrameStore:
         another file system. For a keyframe what it supersedes goes if there is no room for both, unless not `may_evict`.
 
         Raises ChecksumError when the file's size is not the manifest's, OversizedError when there is no room
-        for it under the store's cap, OSError. `source` is gone afterwards, and may be gone after an OSError.
+        for it under the store's cap, OSError. `source` is gone afterwards, and may be gone after an OSError. What is
+        superseded goes only when the new frame is durable.
         """
         frame_id = signed.frame_id
         with self._durable_lock:
@@ -115,7 +116,7 @@ class FrameStore:
                     raise ChecksumError(
                         f"{source} holds {num_bytes} bytes, its manifest says {signed.num_bytes}"
                     )
-                self._make_room(signed, may_evict=may_evict)
+                superseded = self._find_room(signed, may_evict=may_evict)
             staged = self._files.staged_path(frame_id)
             try:
                 move(source, staged)
@@ -130,6 +131,8 @@ class FrameStore:
                 if frame_id not in self._complete:
                     self._files.unlink(frame_id)
                 raise
+            with self._lock:
+                self._evict(superseded)
             return stored
 
     def begin(self, signed: SignedManifest) -> frozenset[int]:
@@ -137,6 +140,7 @@ class FrameStore:
 
         A frame that is complete holds them all. What an earlier life left is verified chunk by chunk. For a keyframe what it
         supersedes goes, the oldest first, if there is no room for both: better none until it is here than none from now on.
+        It stays gone if an OSError follows.
         Obligation: `signed` was verified. Raises OversizedError when there is no room for the frame under the
         store's cap, OSError.
         """
@@ -149,7 +153,7 @@ class FrameStore:
                 if partial is not None:
                     return frozenset(partial.present)
                 if frame_id not in self._leftovers:
-                    self._make_room(signed)
+                    self._evict(self._find_room(signed))
             partial = self._open_partial(signed)
             with self._lock:
                 self._partials[frame_id] = partial
@@ -170,8 +174,7 @@ class FrameStore:
 
         Holds up no other call. What goes wrong here `complete` will meet again, and raise.
         """
-        with suppress(OSError):  # by descriptors of their own: an error is told to each only once
-            self._files.sync_manifest(frame_id)
+        with suppress(OSError):  # by a descriptor of its own: an error is told to each only once
             sync(self._files.part_path(frame_id))
 
     def complete(self, frame_id: str) -> StoredFrame:
@@ -203,11 +206,12 @@ class FrameStore:
 
     # --- reading frames ----------------------------------------------------------------------------------------------
 
-    def read_chunk(self, frame_id: str, index: int) -> bytes | None:
+    def read_chunk(self, frame_id: str, index: int, *, verify: bool = False) -> bytes | None:
         """One chunk, verified by hash, of a complete frame or of one that was begun; None when it is not there.
 
-        Of a frame that came in this life, and was hashed then, it is read as it is while nobody has written to the file:
-        whoever receives it checks it again. A frame that turns out to be damaged is dropped, and counts as gone.
+        Of a frame that came in this life, and was hashed then, it is read as it is while nobody has written to the file,
+        unless `verify`: whoever receives it checks it again. A frame that turns out to be damaged is dropped, and counts as
+        gone.
         """
         with self._lock:
             stored = self._complete.get(frame_id)
@@ -218,7 +222,7 @@ class FrameStore:
             if not 0 <= index < manifest.num_chunks:
                 return None
             data, is_untouched = self._files.read(stored, *manifest.chunk_range(index))
-            if not is_untouched and digest_chunk(data) != manifest.chunk_digests[index]:
+            if (verify or not is_untouched) and digest_chunk(data) != manifest.chunk_digests[index]:
                 self._remove(frame_id)
                 return None
             return data
@@ -308,14 +312,15 @@ class FrameStore:
             ]
         return {stored.signed.frame_id for stored in kept}
 
-    def _make_room(self, signed: SignedManifest, *, may_evict: bool = True) -> None:
+    def _find_room(self, signed: SignedManifest, *, may_evict: bool = True) -> list[str]:
+        """The ids of the frames that must go for this one. Raises OversizedError when that would not be enough."""
         held = [stored.signed for stored in self._complete.values()]
         held += [partial.signed for partial in self._partials.values()]
         held += self._leftovers.values()
         num_held_bytes = sum(one.num_bytes for one in held)
         num_excess_bytes = num_held_bytes + signed.num_bytes - self._max_bytes
         if num_excess_bytes <= 0:
-            return
+            return []
         old = [stored.signed for stored in self._frames(signed.manifest.origin)]
         old = [one for one in old if one.version <= signed.version]
         if not may_evict or signed.base is not None or sum(one.num_bytes for one in old) < num_excess_bytes:
@@ -323,11 +328,18 @@ class FrameStore:
                 f"a frame of {signed.num_bytes} bytes is {num_excess_bytes} bytes too many for the store, whose cap is "
                 f"{self._max_bytes} and which holds {num_held_bytes}"
             )
+        superseded: list[str] = []
         while num_excess_bytes > 0:
             oldest = old.pop(0)
-            self._remove(oldest.frame_id)
-            self._evicted[oldest.frame_id] = None
+            superseded.append(oldest.frame_id)
             num_excess_bytes -= oldest.num_bytes
+        return superseded
+
+    def _evict(self, frame_ids: Sequence[str]) -> None:
+        for frame_id in frame_ids:
+            if frame_id in self._complete:  # else it was removed meanwhile
+                self._remove(frame_id)
+                self._evicted[frame_id] = None
 
     def _open_partial(self, signed: SignedManifest) -> PartialFrame:
         frame_id = signed.frame_id

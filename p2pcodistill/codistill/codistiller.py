@@ -157,6 +157,18 @@ class Codistiller:
         return [name for name in self._due if name in versions and name not in expired]
 
     @property
+    def _running(self) -> set[str]:
+        """Those who teach, and those who are probed."""
+        probed = {name for name in self._gate.probed if name in self._eligible}
+        return {*self.teacher_weights, *probed}
+
+    @property
+    def num_running_teachers(self) -> int:
+        """Whose forward pass the next update computes; 0 in burn-in. The same on every rank."""
+        is_on = distillation_weight(self._config, self._num_steps) > 0 and bool(self._schedule)
+        return len(self._running) if is_on else 0
+
+    @property
     def last_distillation_loss(self) -> Tensor | None:
         """The last batch's psi, unweighted and detached; None in burn-in and without teachers."""
         return self._last_distillation_loss
@@ -270,8 +282,7 @@ class Codistiller:
     def _distil(self, logits: Tensor, inputs: Any, targets: Any) -> Tensor | None:
         """psi of this batch; None when nobody teaches. Also runs who is probed."""
         weights = self.teacher_weights
-        running = {*weights, *(name for name in self._gate.probed if name in self._eligible)}
-        watched = self._gate.watch(logits, self._bank.predict(inputs, running), targets)
+        watched = self._gate.watch(logits, self._bank.predict(inputs, self._running), targets)
         if not weights:
             return None
         teachers = [watched[name] for name in weights]

@@ -126,9 +126,11 @@ class Membership:
         """Publish under at least this incarnation from now on."""
         self.incarnation = max(self.incarnation, incarnation)
 
-    def finish(self, peer: str) -> None:
-        """The peer's training is over; this outlives its sessions."""
+    def finish(self, peer: str) -> bool:
+        """The peer's training is over; this outlives its sessions. Whether that is new."""
+        is_new = peer not in self._finished_peers
         self._finished_peers[peer] = None
+        return is_new
 
     def hear_finished(self, member: str) -> None:
         """A relay says that the training of `member` is over. It may be wrong: of a peer that ever spoke for itself that

@@ -95,8 +95,8 @@ class Obeying:
             case Finished(member):
                 if member is not None:
                     return self._hear_finished(peer, member)
-                self._membership.finish(peer)
-                return self._passing.finish(peer)
+                if self._membership.finish(peer):  # others are told once, however often it says so
+                    return self._passing.finish(peer)
             case Refusal(reason, why):
                 return self._sessions.be_refused(peer, reason, why, now_s)
             case Hello():
@@ -122,7 +122,7 @@ class Obeying:
 
     def _hear_finished(self, peer: str, member: str) -> list[Action]:
         """Whoever relays this site to its student, or its teacher to it, may say that that one has finished."""
-        is_relayed_student = member in self._teaching.students and self._teaching.is_told(peer)
+        is_relayed_student = member in self._teaching.students and self._teaching.is_followed_by(peer)
         if is_relayed_student or self._passing.relay_of(member) == peer:
             self._membership.hear_finished(member)
         return []

@@ -52,6 +52,7 @@ class Passing:
             str, int
         ] = {}  # of teachers that were asked for a keyframe for others
         self._orphans = Orphans(teachers, relay_after_s=relay_after_s)
+        self._spoken_to: dict[str, None] = {}  # teachers that know, in this session, of followers here
 
     @property
     def relayed_origins(self) -> tuple[str, ...]:
@@ -77,6 +78,7 @@ class Passing:
     def close(self, peer: str, now_s: float) -> list[Action]:
         """The session with `peer` is over: nobody can be told of its frames here, and it follows nobody."""
         self._orphans.close(peer, now_s, is_teacher=peer in self._teachers)
+        self._spoken_to.pop(peer, None)
         self._relay.leave(peer)
         self._sharing.close(peer)
         actions = [*self._sharing.tell_all(peer), *self._turn_away(peer)]
@@ -116,6 +118,12 @@ class Passing:
         if not (is_possible and has_room) or len(self._sharing.followers(origin)) >= MAX_FOLLOWERS:
             return [send(peer, Unfollow(origin))]
         actions: list[Action] = []
+        is_new = peer not in self._sharing.followers(origin)
+        if is_taught and origin not in self._spoken_to:
+            # Once: else it would not believe which student of its has finished.
+            self._spoken_to[origin] = None
+            known = self._announcements.known_incarnation(origin)
+            actions.append(send(origin, Follow(origin, request.held, known)))
         if not is_taught:
             if not self._relay.relays(origin):
                 self._once_relayed[origin] = None
@@ -126,9 +134,9 @@ class Passing:
                 known = self._relay.known_incarnation(origin)
                 actions.append(send(origin, Follow(origin, request.held, known)))
         actions += self._sharing.follow(peer, origin, self._announcements.newest(origin))
-        if self._is_finished(peer):
+        if is_new and self._is_finished(peer):
             actions.append(send(origin, Finished(peer)))
-        if self._is_finished(origin):
+        if is_new and self._is_finished(origin):
             actions.append(send(peer, Finished(origin)))
         return actions
 

@@ -70,6 +70,10 @@ class Teaching:
         """Whether `peer` is told of this site's frames, to learn from them or to relay them."""
         return peer in self._students or peer in self._followers
 
+    def is_followed_by(self, peer: str) -> bool:
+        """Whether `peer` asked for this site's frames on behalf of others."""
+        return peer in self._followers
+
     # --- what is told ------------------------------------------------------------------------------------------------
 
     def publish(self, signed: SignedManifest) -> list[Action]:

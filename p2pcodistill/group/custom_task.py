@@ -17,12 +17,19 @@ def find_task_class(path: str, protocol: type) -> Any:
     """
     module_name, _, name = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module_name), name)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(
             f"task.task {path!r}: cannot import {module_name!r} ({error}): start the node in its folder, install it, or set "
             "PYTHONPATH"
         ) from None
+    except Exception as error:  # whatever the user's code stumbles over
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError(
+            f"task.task {path!r}: {module_name!r} cannot be imported ({why}): mend it"
+        ) from None
+    try:
+        found = getattr(module, name)
     except AttributeError:
         raise ConfigError(f"task.task {path!r}: {module_name!r} has no {name!r}") from None
     if not isinstance(found, type):

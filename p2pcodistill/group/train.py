@@ -228,8 +228,10 @@ class Training:
         self.conclude_step()
 
     def conclude_step(self) -> None:
-        """What is due after an update: to publish, to report, to evaluate, to save."""
+        """What is due after an update: to average, to publish, to report, to evaluate, to save."""
         config = self._config
+        if self._average is not None:
+            self._average.update()  # of what an arm has made of the model since the update
         is_last = self._step == config.num_steps
         if is_last:
             self._codistiller.publish()
@@ -239,9 +241,9 @@ class Training:
             self._evaluate()
         if is_last and self._rank == 0:
             # Before the last checkpoint, by which a restarted group knows that nothing is left to do.
-            save_model_file(self._kept_model, self._model_path)
+            save_model_file(self.kept_model, self._model_path)
             predictions_path = self._model_path.with_name(PREDICTIONS_FILE)
-            save_predictions(self.predict(self._kept_model), predictions_path)
+            save_predictions(self.predict(self.kept_model), predictions_path)
         if is_last or self._step % config.checkpoint_interval_steps == 0:
             self._save_checkpoint()
 
@@ -290,8 +292,6 @@ class Training:
             nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_gradient_norm)
         set_step(self._optimizer, self._config, self._step, num_workers=self._num_workers)
         self._optimizer.step()
-        if self._average is not None:
-            self._average.update()
         self._codistiller.step()
         self._step += 1
 
@@ -306,7 +306,7 @@ class Training:
         if self._rank != 0:
             return
         start_s = self._clock()
-        evaluation = self.evaluate(self._kept_model)
+        evaluation = self.evaluate(self.kept_model)
         metrics = evaluation.metrics
         if self._average is not None:
             metrics = metrics | {"unaveraged_loss": self.evaluate(self._model).loss}
@@ -330,7 +330,7 @@ class Training:
         return predictions
 
     @property
-    def _kept_model(self) -> nn.Module:
+    def kept_model(self) -> nn.Module:
         """What a user keeps of the run, and what is evaluated: the model, or its average where there is to be one."""
         return self._model if self._average is None else self._average.model()
 

@@ -16,6 +16,19 @@ Sharing = Literal["disjoint", "same"]
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 
 
+SAME_FOR_ALL_ARMS = (
+    "max_held_out_examples",
+    "num_generated_examples",
+    "generator_seed",
+    "malformed_rows",
+    "classes",
+    "image_pixels",
+    "label_column",
+    "text_column",
+)
+"""Keys of `[task]` that decide what an arm would be evaluated on."""
+
+
 def _check_label(label: Any) -> Any:
     # Labels name folders and are part of a run's name; a non-string is the model's to refuse.
     if isinstance(label, str) and not _LABEL.fullmatch(label):
@@ -87,6 +100,12 @@ class ArmConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> ArmConfig:
+        for key in SAME_FOR_ALL_ARMS:
+            if key in self.task:
+                raise ConfigError(
+                    f"the arm {self.name!r}: task.{key} decides what is evaluated on, the same for all arms: "
+                    "remove it, or set it in [task]"
+                )
         optional = set().union(*(kind.keys for kind in KINDS.values()))
         for key in type(self).model_fields:
             if key in optional - self.of_kind.keys and getattr(self, key) is not None:

@@ -67,9 +67,10 @@ an `impostor_of` one, whose disk is another."""
 class Copies:
     """The students of all members of `topology`, in virtual time. For one use: make it, `run` it, look at its students.
 
-    A step takes `step_time_s`, for all or by site, or what that, called with the site, draws for its next step. `shapes`
-    has the links that are not perfect (see `simulation.links`), `faults` what is to go wrong. `on_event` gets all that
-    the sites report, as (virtual seconds, site, event). `forget` removes what the student of a site saved, when a new
+    A step takes `step_time_s`, for all or by site, or what that, called with the site, draws for its next step, and by
+    `teacher_time_ratio` of that longer for each teacher that runs in it. `shapes` has the links that are not perfect (see
+    `simulation.links`), `faults` what is to go wrong. `on_event` gets all that the sites report, as (virtual seconds, site,
+    event). `forget` removes what the student of a site saved, when a new
     machine takes its place. Each student has random states of torch and Python of its own, which `settings.seed` and its
     site's name decide.
     """
@@ -82,6 +83,7 @@ class Copies:
         codistillation: CodistillationConfig | None = None,
         frames: FramesConfig | None = None,
         step_time_s: float | Mapping[str, float] | Callable[[str], float] = 0.1,
+        teacher_time_ratio: float = 0.0,
         name: str = "run",
         settings: VirtualSettings | None = None,
         shapes: Shapes | None = None,
@@ -112,6 +114,7 @@ class Copies:
                 codistillation or CodistillationConfig(),
                 frames or FramesConfig(),
                 _step_times(step_time_s, site.name),
+                teacher_time_ratio,
                 self.network.clock,
                 seed=_seed_of(self.network.settings.seed, student),
             )
@@ -171,6 +174,7 @@ class _TrainingRanks:
         codistillation: CodistillationConfig,
         frames: FramesConfig,
         step_time_s: Callable[[], float],
+        teacher_time_ratio: float,
         clock: VirtualClock,
         *,
         seed: int,
@@ -178,7 +182,8 @@ class _TrainingRanks:
         self._site, self._name, self._topology = site, student, topology
         self._make_student, self._forget = make_student, forget
         self._codistillation, self._frames = codistillation, frames
-        self._step_time_s, self._clock, self._seed = step_time_s, clock, seed
+        self._step_time_s, self._teacher_time_ratio = step_time_s, teacher_time_ratio
+        self._clock, self._seed = clock, seed
         self._factor = 1.0
         self._launch = 0
         self._exchange: VirtualExchange | None = None
@@ -260,7 +265,9 @@ class _TrainingRanks:
         return self._codistiller
 
     def _wait(self) -> None:
-        self._clock.call_later(self._step_time_s() * self._factor, self._update, self._launch)
+        num_teachers = self._codistiller.num_running_teachers if self._codistiller is not None else 0
+        duration_s = self._step_time_s() * (1 + self._teacher_time_ratio * num_teachers)
+        self._clock.call_later(duration_s * self._factor, self._update, self._launch)
 
     def _update(self, launch: int) -> None:
         if launch != self._launch or self.student is None:

@@ -14,6 +14,7 @@ from typing import Protocol
 from p2pcodistill.errors import ConfigError, DataError
 from p2pcodistill.simulation.scenario import ScenarioConfig
 from p2pcodistill.task_configs import LanguageModelConfig, TaskConfig
+from p2pcodistill.tasks.entries import distinct_entries
 from p2pcodistill.tasks.preflight import require_paths
 from p2pcodistill.tasks.site_text import require_enough_text, require_held_out, split_corpus
 from p2pcodistill.tasks.vocabulary import ByteVocabulary, Vocabulary, parse_vocabulary, read_vocabulary_file
@@ -94,8 +95,8 @@ def task_of_site(scenario: ScenarioConfig, shards: Sequence[str], folder: Path, 
         )
     sites = {site.name: site for site in scenario.sites}
     if scenario.sites[0].data:
-        own = tuple(path for shard in shards for path in sites[shard].data)
-        return scenario.task.model_copy(update={"data": own, "held_out": scenario.data.held_out})
+        own = distinct_entries(path for shard in shards for path in sites[shard].data)
+        return scenario.task.model_copy(update={"data": tuple(own), "held_out": scenario.data.held_out})
     return scenario.task.model_copy(
         update={
             "data": scenario.data.paths,

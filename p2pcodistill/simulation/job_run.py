@@ -139,13 +139,15 @@ class JobRun:
             self._read_events()
             self._require_all_faults()
         finally:
-            self._read_events()
-            if self._links is not None:
-                await self._links.close()
-            if self._log is not None and self._links is not None:
-                for carried in self._links.measure():
-                    self._log.write(carried)
-                self._log.close()
+            try:
+                self._read_events()
+            finally:
+                if self._links is not None:
+                    await self._links.close()
+                if self._log is not None and self._links is not None:
+                    for carried in self._links.measure():
+                        self._log.write(carried)
+                    self._log.close()
 
     def kill_now(self) -> None:
         """kill -9 of all nodes."""

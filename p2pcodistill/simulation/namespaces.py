@@ -2,8 +2,8 @@
 
 Two neighbours are joined by a pair of virtual Ethernet devices, one in the namespace of each, with a token bucket (`tc tbf`)
 for each direction whose bandwidth is limited. Nothing of the machine's own network is touched, and all that is made lies in
-namespaces whose names begin with `p2pcodistill-` and the process that made them: removing those removes everything. A
-simulation that was killed leaves them behind; the next one finds and removes them.
+namespaces whose names begin with `p2pcodistill-` and the process that made them, by its PID namespace and number: removing
+those removes everything. A simulation that was killed leaves them behind; the next one finds and removes them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -28,7 +28,7 @@ PORT = 5600
 """That every site listens on, at its own address."""
 MAX_SITES = 60_000
 _PREFIX = "p2pcodistill"
-_NAME = re.compile(rf"{_PREFIX}-(\d+)-(\d+)-\d+")
+_NAME = re.compile(rf"{_PREFIX}-(\d+)-(\d+)-(\d+)-\d+")
 _FOLDER = Path("/run/netns")
 _CLONE_NEWNET = 0x40000000
 _BURST_S = 0.01
@@ -63,7 +63,7 @@ class SiteNetwork:
 
     def __init__(self, sites: Sequence[str]) -> None:
         assert len(sites) <= MAX_SITES
-        owner = f"{_PREFIX}-{os.getpid()}-{_start_ticks(os.getpid())}"
+        owner = f"{_PREFIX}-{_pid_namespace()}-{os.getpid()}-{_start_ticks(os.getpid())}"
         self._index = {site: index for index, site in enumerate(sites)}
         self._namespaces = {site: f"{owner}-{next(_counter)}" for site in sites}
         self._pairs: tuple[tuple[str, str], ...] = ()
@@ -120,8 +120,7 @@ class SiteNetwork:
             sent = [self._num_bytes_sent(site, peer) for site, peer in ((a, b), (b, a))]
             self.carried[a, b] = sum(sent)
         self._pairs = ()
-        for namespace in self._namespaces.values():
-            _remove(namespace)
+        _remove_all(self._namespaces.values())
 
     def _host(self, site: str) -> str:
         number = self._index[site] + 1
@@ -140,14 +139,25 @@ class SiteNetwork:
 
 
 def remove_leftovers() -> list[str]:
-    """Remove the namespaces of simulations that are no more; returns their names. Others, also of other programs, stay."""
-    left = []
+    """Remove the namespaces of simulations that are no more; returns their names. Others stay: those of other programs, and
+    of other PID namespaces (containers), of whose processes nothing can be told here. Raises NamespaceError."""
+    here, left = _pid_namespace(), []
     for path in sorted(_FOLDER.glob(f"{_PREFIX}-*")):
         match = _NAME.fullmatch(path.name)
-        if match is not None and _start_ticks(int(match[1])) != int(match[2]):
-            _remove(path.name)
+        if match is None or int(match[1]) != here:
+            continue
+        if _start_ticks(int(match[2])) != int(match[3]):
             left.append(path.name)
+    _remove_all(left)
     return left
+
+
+def _pid_namespace() -> int:
+    """The number of the PID namespace that this process is in; 0 where the system has none."""
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
 
 
 def _start_ticks(pid: int) -> int | None:
@@ -159,9 +169,18 @@ def _start_ticks(pid: int) -> int | None:
     return None if after_name[0] == "Z" else int(after_name[19])
 
 
-def _remove(namespace: str) -> None:
-    if (_FOLDER / namespace).exists():
-        _run("ip", "netns", "delete", namespace)
+def _remove_all(namespaces: Iterable[str]) -> None:
+    """Remove those that are there. Raises the first NamespaceError when all were tried."""
+    failures: list[NamespaceError] = []
+    for namespace in namespaces:
+        try:
+            if (_FOLDER / namespace).exists():
+                _run("ip", "netns", "delete", namespace)
+        except NamespaceError as error:
+            if (_FOLDER / namespace).exists():  # else somebody else has removed it in the same moment
+                failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def _run(*command: str, lines: Sequence[str] = ()) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from p2pcodistill.config import CodistillationConfig, FramesConfig, GroupConfig, TrainingConfig
-from p2pcodistill.errors import ConfigError, TopologyError
+from p2pcodistill.errors import ConfigError, DataError, TopologyError
 from p2pcodistill.report.claim_config import ClaimConfig, check_claims
 from p2pcodistill.simulation.arm_config import ArmConfig, Label
 from p2pcodistill.simulation.arms.kinds import POOLED_SITE
@@ -43,6 +43,8 @@ from p2pcodistill.strict import (
     parse_model,
 )
 from p2pcodistill.task_configs import LanguageModelConfig, TaskConfig, entry_in
+from p2pcodistill.tasks.entries import have_overlap
+from p2pcodistill.tasks.preflight import require_apart
 from p2pcodistill.topology.build import build_topology, default_members, map_files
 
 SCENARIO_FOLDER = Path("simulations")
@@ -231,6 +233,11 @@ class ScenarioConfig(StrictModel):
             )
         if with_data and self.data.paths:
             raise ConfigError("data.paths and data of the [[sites]] exclude each other: remove one of them")
+        if with_data and not self.data.held_out and self.task.name != "language-model":
+            raise ConfigError(
+                "each site would keep back a part of its own data, which others train on: list what all are evaluated on "
+                "in data.held_out"
+            )
         if self.task.name != "language-model":
             for key in DATA_KEYS_OF_TEXT:
                 if key in self.data.model_fields_set:
@@ -270,15 +277,20 @@ class ScenarioConfig(StrictModel):
 
 
 def _refuse_overlaps(scenario: ScenarioConfig) -> None:
-    """Raise ConfigError where two sites have data in common that is said to be disjoint. Paths are absolute."""
+    """Raise DataError where a site would train on held-out data, ConfigError where two have data in common that is said to
+    be disjoint. Paths are absolute.
+    """
+    of_sites = [path for site in scenario.sites for path in site.data]
+    unlabelled = scenario.task.unlabelled if isinstance(scenario.task, LanguageModelConfig) else ()
+    require_apart([*scenario.data.paths, *of_sites, *unlabelled], scenario.data.held_out)
     if all((arm.sharing or scenario.data.sharing) == "same" for arm in scenario.arms):
         return
     for one, other in itertools.combinations(scenario.sites, 2):
         for path, others in itertools.product(one.data, other.data):
-            mine, theirs = path.resolve(), others.resolve()
-            if mine == theirs or mine in theirs.parents or theirs in mine.parents:
+            if have_overlap(path, others):
+                inner = path if others.resolve() in path.resolve().parents else others
                 raise ConfigError(
-                    f"the sites {one.name!r} and {other.name!r} both have {path if theirs in mine.parents else others}, "
+                    f"the sites {one.name!r} and {other.name!r} both have {inner}, "
                     'and their data is to be disjoint: give each its own, or set data.sharing = "same"'
                 )
 
@@ -322,7 +334,7 @@ def load_scenario(path: Path, overrides: Sequence[str] = (), *, data: Sequence[P
         for arm in scenario.arms:
             if arm.topology is not None:
                 build_topology(arm.topology, scenario.site_names)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         raise ConfigError(f"{path}: {error}") from None
     except TopologyError as error:
         raise TopologyError(f"{path}: {error}") from None
@@ -365,11 +377,16 @@ def _resolve(scenario: ScenarioConfig, base: Path) -> ScenarioConfig:
     def below(paths: Sequence[Path]) -> tuple[Path, ...]:
         return tuple(entry_in(base, path) for path in paths)
 
+    def located(arm: ArmConfig) -> ArmConfig:
+        task = scenario.task_of(arm).located_in(base).model_dump(mode="json")
+        return arm.model_copy(update={"task": {key: task[key] for key in arm.task}})
+
     scenario = scenario.with_topology_files(lambda path: str(base / path))
     return scenario.model_copy(
         update={
             "sites": tuple(site.model_copy(update={"data": below(site.data)}) for site in scenario.sites),
             "task": scenario.task.located_in(base),
+            "arms": tuple(located(arm) for arm in scenario.arms),
             "data": scenario.data.model_copy(
                 update={"paths": below(scenario.data.paths), "held_out": below(scenario.data.held_out)}
             ),

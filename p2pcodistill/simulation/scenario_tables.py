@@ -79,6 +79,9 @@ class VirtualConfig(StrictModel):
     step_time_spread: PositiveFloat = 0.5
     """Of the tail. `lognormal`: standard deviation of the duration's logarithm. `exponential`: mean of what a duration is
     above the least one, as a share of that."""
+    teacher_time_ratio: NonNegativeFloat = 1 / 3
+    """By which share of its duration each teacher's forward pass makes an update longer; 0: not at all, as on a GPU that has
+    room for it (Anil et al. 2018)."""
 
 
 class ReportConfig(StrictModel):

@@ -35,7 +35,8 @@ class SearchConfig(StrictModel):
 
     grid: Annotated[tuple[GridConfig, ...], Field(min_length=1)]
     seed: NonNegativeInt = 1_000_000
-    """Under which the combinations are compared; none of `seeds`, or the best would be chosen on what is reported."""
+    """Under which the combinations are compared, on the held-out data of the result; none of `seeds`, whose runs the choice
+    has not seen then."""
 
     def check(self, arms: Sequence[ArmConfig], seeds: Sequence[int]) -> None:
         """Raise ConfigError unless it fits the scenario's arms and seeds."""
@@ -53,11 +54,26 @@ class SearchConfig(StrictModel):
                     raise ConfigError(f"search.grid: {arm!r} is none of the arms {', '.join(names)}")
                 if not _applies(searched, arms[names.index(arm)]):
                     raise ConfigError(f"search.grid: the arm {arm!r} has no {searched.key}")
+            if searched.key == "training.num_steps":
+                raise ConfigError(
+                    "search.grid: training.num_steps is what a result costs, and not searched: remove it"
+                )
+        for each in arms:
+            keys = [searched.key for searched in self.of_arm(each)]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise ConfigError(
+                        f"search.grid has {key} twice for the arm {each.name!r}: list all its values in one table"
+                    )
         num_trials = sum(len(combinations(self, arm)) for arm in arms)
         if num_trials > MAX_TRIALS:
             raise ConfigError(
                 f"search.grid makes {num_trials} trials, more than {MAX_TRIALS}: list fewer values"
             )
+
+    def of_arm(self, arm: ArmConfig) -> list[GridConfig]:
+        """What is searched for `arm`."""
+        return [one for one in self.grid if _applies(one, arm) and (not one.arms or arm.name in one.arms)]
 
 
 def _applies(searched: GridConfig, arm: ArmConfig) -> bool:
@@ -66,7 +82,7 @@ def _applies(searched: GridConfig, arm: ArmConfig) -> bool:
 
 def combinations(search: SearchConfig, arm: ArmConfig) -> list[Settings]:
     """What `arm` is tried with: each combination of the values of the keys that are searched for it."""
-    searched = [one for one in search.grid if _applies(one, arm) and (not one.arms or arm.name in one.arms)]
+    searched = search.of_arm(arm)
     if not searched:
         return []
     keys = [one.key for one in searched]

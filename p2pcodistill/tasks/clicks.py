@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from p2pcodistill.config import GroupSpec
+from p2pcodistill.errors import DataError
 from p2pcodistill.group.task import MAX_PREDICTIONS, Evaluation, Predictions
 from p2pcodistill.task_configs import ClicksConfig
 from p2pcodistill.tasks.click_files import (
@@ -31,7 +32,7 @@ from p2pcodistill.tasks.click_files import (
     read_clicks,
 )
 from p2pcodistill.tasks.click_generator import generate_clicks
-from p2pcodistill.tasks.examples import ExampleOrder, split_examples
+from p2pcodistill.tasks.examples import ExampleOrder, split_examples, spread_evenly
 
 _EVALUATION_BATCH_SIZE = 4096
 
@@ -119,6 +120,9 @@ def load_site_clicks(task: ClicksConfig) -> SiteClicks:
             keeps_held_out=False,
         )
         held_out = read(files, chosen.train)
+    if not len(held_out):  # of the rows that were chosen, malformed ones are skipped
+        where = ", ".join(map(str, task.held_out or task.data))
+        raise DataError(f"{where}: all rows to evaluate on are malformed: mend them, or list other files")
     return SiteClicks(train, held_out)
 
 
@@ -167,7 +171,7 @@ class ClicksTask:
         The last is the expected log loss under the true probabilities, minus their entropy: 0 at the truth, and no chance in
         it. `auc` is the probability that a click gets a higher prediction than an example without one.
         """
-        log_probabilities_N2 = self._log_probabilities(model, len(self._held_out))
+        log_probabilities_N2 = self._log_probabilities(model, self._held_out)
         labels_N = self._held_out.labels_N
         loss = functional.nll_loss(log_probabilities_N2, torch.from_numpy(labels_N).long()).item()
         if not math.isfinite(loss):
@@ -183,11 +187,10 @@ class ClicksTask:
         return Evaluation(loss, metrics)
 
     def predict(self, model: nn.Module) -> Predictions:
-        """What `model` says of the first held-out examples."""
-        num_examples = min(MAX_PREDICTIONS, len(self._held_out))
-        probabilities_N2 = self._log_probabilities(model, num_examples).exp().float()
-        labels_N = torch.from_numpy(self._held_out.labels_N[:num_examples]).long()
-        return Predictions(probabilities_N2, labels_N)
+        """What `model` says of held-out examples that are spread evenly over them, at most `MAX_PREDICTIONS`."""
+        chosen = self._held_out.take(spread_evenly(MAX_PREDICTIONS, len(self._held_out)).numpy())
+        probabilities_N2 = self._log_probabilities(model, chosen).exp().float()
+        return Predictions(probabilities_N2, torch.from_numpy(chosen.labels_N).long())
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's position in its data."""
@@ -198,13 +201,13 @@ class ClicksTask:
         self._order.load_state_dict(state)
 
     @torch.no_grad()
-    def _log_probabilities(self, model: nn.Module, num_examples: int) -> Tensor:
-        """Of the first held-out examples: float64 on the CPU, N x 2."""
+    def _log_probabilities(self, model: nn.Module, clicks: Clicks) -> Tensor:
+        """Of these examples: float64 on the CPU, N x 2."""
         parts = []
-        for start in range(0, num_examples, _EVALUATION_BATCH_SIZE):
-            chosen = slice(start, min(start + _EVALUATION_BATCH_SIZE, num_examples))
-            dense_BD = torch.from_numpy(self._held_out.dense_ND[chosen]).to(self._device)
-            buckets_BK = torch.from_numpy(self._held_out.buckets_NK[chosen]).to(self._device)
+        for start in range(0, len(clicks), _EVALUATION_BATCH_SIZE):
+            chosen = slice(start, start + _EVALUATION_BATCH_SIZE)
+            dense_BD = torch.from_numpy(clicks.dense_ND[chosen]).to(self._device)
+            buckets_BK = torch.from_numpy(clicks.buckets_NK[chosen]).to(self._device)
             parts.append(model(dense_BD, buckets_BK).double().log_softmax(dim=1).cpu())
         return torch.cat(parts)
 

@@ -73,6 +73,12 @@ def _hash_of(numbers: Indices) -> NDArray[np.uint64]:
     return mixed ^ (mixed >> np.uint64(31))
 
 
+def spread_evenly(num_chosen: int, num_examples: int) -> Tensor:
+    """Indices of at most `num_chosen` of `num_examples` examples, ascending: files may be sorted by class or by day."""
+    num_chosen = min(num_chosen, num_examples)
+    return torch.arange(num_chosen) * num_examples // max(1, num_chosen)
+
+
 class ExampleOrder:
     """The order in which one of `num_ranks` ranks trains on `num_examples`: endless batches of their indices.
 

@@ -31,6 +31,19 @@ class HubSource:
             raise DataError(f"{entry}: write {HUB_PREFIX}OWNER/NAME, and #SPLIT where it is not train")
         return cls(name, subset or None, split or "train")
 
+    def folders(self) -> tuple[Path, ...]:
+        """Where the files of the data set may lie: its own folder, or the caches of what was downloaded.
+
+        The library `datasets` must be there.
+        """
+        own = Path(self.name)
+        if own.is_dir():
+            return (own,)
+        import datasets
+        import huggingface_hub
+
+        return Path(datasets.config.HF_DATASETS_CACHE), Path(huggingface_hub.constants.HF_HUB_CACHE)
+
     def __str__(self) -> str:
         subset = f":{self.subset}" if self.subset else ""
         return f"{HUB_PREFIX}{self.name}{subset}#{self.split}"

@@ -9,6 +9,7 @@ Axes of tensors: B documents (streams), T tokens of a window, V tokens of the vo
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from p2pcodistill.task_configs import LanguageModelConfig
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_SHOWN_CHARS = 200
+# They choose who computes, and the library takes the name of a repository of the hub, whose code it fetches and runs.
+_CODE_KEYS = frozenset({"attn_implementation", "experts_implementation"})
 
 
 class HuggingFaceModel(nn.Module):
@@ -50,6 +53,11 @@ def make_hugging_face_model(config: LanguageModelConfig, num_tokens: int) -> Hug
         ) from None
     model_type, options = _read_architecture(architecture)
     options |= config.architecture_options
+    for key in _keys_in(options):
+        if key.lstrip("_").removesuffix("_internal") in _CODE_KEYS:
+            raise ConfigError(
+                f"the architecture {architecture!r} has {key!r}, which may name code to be downloaded: remove it"
+            )
     try:
         known = transformers.AutoConfig.for_model(model_type)
         for key in config.architecture_options:
@@ -114,6 +122,18 @@ def _read_architecture(architecture: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{path} names no model_type: give a model's config.json")
     table.pop("auto_map", None)  # where its author's own code is
     return model_type, table
+
+
+def _keys_in(value: Any) -> Iterator[str]:
+    """The keys of a table and of all tables in it, however deep."""
+    values = [value]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            yield from value
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
 
 
 def _first_line(error: Exception) -> str:

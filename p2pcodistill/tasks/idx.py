@@ -10,6 +10,8 @@ import gzip
 import math
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeAlias, cast
 
@@ -19,6 +21,9 @@ from p2pcodistill.errors import DataError
 
 MAX_IDX_BYTES = 4 << 30
 """Files that claim to hold more are refused."""
+MAX_IDX_IMAGES = 1 << 23
+"""More are refused, however small: each has a label and an entry in lists."""
+MIN_IDX_EDGE_PIXELS = 4
 _UNSIGNED_BYTES = 0x08
 _GZIP_MAGIC = b"\x1f\x8b"
 _PIECE_BYTES = 1 << 20
@@ -28,15 +33,26 @@ Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
 def read_idx_pair(images_path: Path) -> tuple[Bytes, Bytes]:
     """(images_NHW, labels_N) of a file of images and of the file of labels that its name leads to. Raises DataError."""
-    images_NHW = read_idx(images_path, num_dimensions=3, what="images")
     labels_path = labels_beside(images_path)
-    labels_N = read_idx(labels_path, num_dimensions=1, what="labels")
-    if len(images_NHW) != len(labels_N):
+    # By the headers, before anything is held: tiny images can be many.
+    num_images, height, width = read_idx_shape(images_path, num_dimensions=3, what="images")
+    (num_labels,) = read_idx_shape(labels_path, num_dimensions=1, what="labels")
+    if num_images != num_labels:
         raise DataError(
-            f"{images_path} has {len(images_NHW)} images, but {labels_path} has {len(labels_N)} labels: "
+            f"{images_path} has {num_images} images, but {labels_path} has {num_labels} labels: "
             "are they of the same set?"
         )
-    return images_NHW, labels_N
+    if num_images > MAX_IDX_IMAGES:
+        raise DataError(
+            f"{images_path} claims to hold {num_images} images: more than {MAX_IDX_IMAGES} are not read"
+        )
+    if min(height, width) < MIN_IDX_EDGE_PIXELS:
+        raise DataError(
+            f"{images_path} has images of {width} x {height} pixels: {MIN_IDX_EDGE_PIXELS} x {MIN_IDX_EDGE_PIXELS} are "
+            "the least"
+        )
+    images_NHW = read_idx(images_path, num_dimensions=3, what="images")
+    return images_NHW, read_idx(labels_path, num_dimensions=1, what="labels")
 
 
 def labels_beside(images_path: Path) -> Path:
@@ -54,21 +70,35 @@ def labels_beside(images_path: Path) -> Path:
 
 def read_idx(path: Path, *, num_dimensions: int, what: str) -> Bytes:
     """The unsigned bytes in an IDX file of `what`, in the shape that it states. Raises DataError that names the file."""
+    with _opened(path) as file:
+        return _parse(file, path, _parse_shape(file, path, num_dimensions, what))
+
+
+def read_idx_shape(path: Path, *, num_dimensions: int, what: str) -> tuple[int, ...]:
+    """The shape that an IDX file of `what` states. Raises DataError like `read_idx`."""
+    with _opened(path) as file:
+        return _parse_shape(file, path, num_dimensions, what)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The file's content, unzipped. Raises DataError for what goes wrong while it is read."""
     try:
         with path.open("rb") as file:
             is_gzipped = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
             file.seek(0)
             if not is_gzipped:
-                return _parse(file, path, num_dimensions, what)
+                yield file
+                return
             with gzip.open(file) as unzipped:
-                return _parse(cast(IO[bytes], unzipped), path, num_dimensions, what)
+                yield cast(IO[bytes], unzipped)
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise DataError(f"{path} is a damaged gzip file: fetch it again") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _parse(file: IO[bytes], path: Path, num_dimensions: int, what: str) -> Bytes:
+def _parse_shape(file: IO[bytes], path: Path, num_dimensions: int, what: str) -> tuple[int, ...]:
     header = file.read(4)
     if len(header) < 4 or header[:2] != b"\0\0" or header[2] != _UNSIGNED_BYTES:
         raise DataError(f"{path} is not a file of {what} in MNIST's format (IDX, unsigned bytes)")
@@ -88,6 +118,11 @@ def _parse(file: IO[bytes], path: Path, num_dimensions: int, what: str) -> Bytes
         raise DataError(
             f"{path} claims to hold {num_bytes} bytes of {what}: more than {MAX_IDX_BYTES >> 30} GiB are not read"
         )
+    return shape
+
+
+def _parse(file: IO[bytes], path: Path, shape: tuple[int, ...]) -> Bytes:
+    num_bytes = math.prod(shape)
     content = _read_at_most(file, num_bytes + 1)
     if len(content) != num_bytes:
         more = "more" if len(content) > num_bytes else "fewer"

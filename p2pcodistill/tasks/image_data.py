@@ -17,10 +17,12 @@ from torch import Tensor
 
 from p2pcodistill.errors import DataError
 from p2pcodistill.task_configs import ImagesConfig, is_hub_source
+from p2pcodistill.tasks.entries import distinct_entries
 from p2pcodistill.tasks.examples import split_examples
 from p2pcodistill.tasks.hub import HubSource, load_hub_dataset
 from p2pcodistill.tasks.pictures import (
     MAX_EDGE_PIXELS,
+    MAX_PICTURE_FILE_BYTES,
     MIN_EDGE_PIXELS,
     PictureFormat,
     PictureSource,
@@ -100,8 +102,9 @@ def load_site_images(task: ImagesConfig) -> SiteImages:
     Without `task.data` they are scikit-learn's digits; without `task.held_out` a part of the data is kept back. Raises
     DataError for data that is missing, malformed, too small or of one class only.
     """
-    sources = [open_source(entry, task) for entry in task.data] if task.data else [digits()]
-    held_out_sources = [open_source(entry, task) for entry in task.held_out]
+    # A picture that is listed twice could be trained on and held out.
+    sources = [open_source(entry, task) for entry in distinct_entries(task.data)] or [digits()]
+    held_out_sources = [open_source(entry, task) for entry in distinct_entries(task.held_out)]
     class_names = task.classes or _all_class_names([*sources, *held_out_sources])
     examples = _examples(sources, class_names)
     labels_N = np.array([label for _, _, label in examples])
@@ -168,20 +171,35 @@ def _hub_source(hub: HubSource, label_column: str | None) -> PictureSource:
     # A test set without answers has -1.
     if not labels or min(labels) < 0:
         raise DataError(f"{hub} holds no images, or some that have no label")
+    folders = hub.folders()
     pictures = dataset.select_columns(images).cast_column(images[0], datasets.Image(decode=False))
 
     def open_picture(index: int) -> Image.Image:
         encoded = pictures[index][images[0]]
-        return open_encoded(encoded["bytes"] or Path(encoded["path"]).read_bytes())
+        return open_encoded(encoded["bytes"] or _read_below(folders, Path(encoded["path"])))
 
     return PictureSource(
         str(hub),
         tuple(columns[label].names),
         labels=labels,
-        keys=[str(index) for index in range(len(labels))],
+        keys=range(len(labels)),
         is_grey=False,
         open_picture=open_picture,
     )
+
+
+def _read_below(folders: Sequence[Path], path: Path) -> bytes:
+    """The file that a row of a data set names; a stranger's row is to reach nothing but the data set. Raises ValueError."""
+    resolved = path.resolve()
+    if not any(resolved.is_relative_to(folder.resolve()) for folder in folders):
+        raise ValueError(f"{path} is outside of the data set")
+    if not resolved.is_file():
+        raise ValueError(f"{path} is no file")
+    with resolved.open("rb") as file:
+        content = file.read(MAX_PICTURE_FILE_BYTES + 1)
+    if len(content) > MAX_PICTURE_FILE_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_PICTURE_FILE_BYTES >> 20} MiB")
+    return content
 
 
 # --- classes, parts, format

@@ -16,6 +16,7 @@ from p2pcodistill.config import GroupSpec
 from p2pcodistill.errors import ConfigError
 from p2pcodistill.group.task import MAX_PREDICTIONS, Evaluation, Predictions
 from p2pcodistill.task_configs import ImagesConfig
+from p2pcodistill.tasks.examples import spread_evenly
 from p2pcodistill.tasks.image_batches import ImageBatches
 from p2pcodistill.tasks.image_data import load_site_images
 from p2pcodistill.tasks.image_models import make_image_model
@@ -76,7 +77,7 @@ class ImagesTask:
         num_images = len(self._images.held_out.labels_N)
         sum_nats = torch.zeros((), dtype=torch.float64, device=self._device)
         num_right = torch.zeros((), dtype=torch.int64, device=self._device)
-        for images_BCHW, labels_B in self._held_out_batches(num_images):
+        for images_BCHW, labels_B in self._held_out_batches(torch.arange(num_images)):
             logits_BK = model(images_BCHW)
             sum_nats += self.loss(logits_BK, labels_B).double() * len(labels_B)
             num_right += (logits_BK.argmax(1) == labels_B).sum()
@@ -84,11 +85,11 @@ class ImagesTask:
 
     @torch.no_grad()
     def predict(self, model: nn.Module) -> Predictions:
-        """Class probabilities of the first held-out images, at most `MAX_PREDICTIONS`."""
-        num_images = min(MAX_PREDICTIONS, len(self._images.held_out.labels_N))
-        batches = self._held_out_batches(num_images)
+        """Class probabilities of held-out images that are spread evenly over them, at most `MAX_PREDICTIONS`."""
+        chosen_N = spread_evenly(MAX_PREDICTIONS, len(self._images.held_out.labels_N))
+        batches = self._held_out_batches(chosen_N)
         probabilities = [model(images_BCHW).float().softmax(1).cpu() for images_BCHW, _ in batches]
-        return Predictions(torch.cat(probabilities), self._images.held_out.labels_N[:num_images])
+        return Predictions(torch.cat(probabilities), self._images.held_out.labels_N[chosen_N])
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's position in its data."""
@@ -98,11 +99,11 @@ class ImagesTask:
         """Go on from there."""
         self._batches.load_state_dict(state)
 
-    def _held_out_batches(self, num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(normalised images_BCHW, labels_B) of the first held-out images, on the task's device."""
+    def _held_out_batches(self, indices_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(normalised images_BCHW, labels_B) of the held-out images with these indices, on the task's device."""
         held_out = self._images.held_out
-        for start in range(0, num_images, _EVALUATION_BATCH_SIZE):
-            indices_B = torch.arange(start, min(start + _EVALUATION_BATCH_SIZE, num_images))
+        for start in range(0, len(indices_N), _EVALUATION_BATCH_SIZE):
+            indices_B = indices_N[start : start + _EVALUATION_BATCH_SIZE]
             images_BCHW = self._normalised(held_out.images.read(indices_B))
             yield images_BCHW, held_out.labels_N[indices_B].to(self._device)
 

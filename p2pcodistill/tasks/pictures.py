@@ -21,11 +21,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from p2pcodistill.errors import DataError
-from p2pcodistill.tasks.idx import Bytes, read_idx_pair
+from p2pcodistill.tasks.idx import MIN_IDX_EDGE_PIXELS, Bytes, read_idx_pair
 
 MAX_PICTURE_PIXELS = 1 << 26
 """Of a picture before it is resized; a larger one is refused before it is decoded."""
-MIN_EDGE_PIXELS = 4
+MAX_PICTURE_FILE_BYTES = 1 << 28
+MIN_EDGE_PIXELS = MIN_IDX_EDGE_PIXELS
 MAX_EDGE_PIXELS = 2048
 # No others: some of Pillow's formats start programs.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -42,7 +43,7 @@ class PictureSource:
     class_names: tuple[str, ...]
     labels: Sequence[int]
     """Of each picture, indices of `class_names`."""
-    keys: Sequence[str]
+    keys: Sequence[str | int]
     """What tells a picture from the others of this source, on whatever machine it lies."""
     is_grey: bool
     """Whether the pictures have one channel by nature."""
@@ -148,7 +149,7 @@ def _source_of_arrays(place: str, images_NHW: Bytes, labels_N: Bytes) -> Picture
         place,
         class_names=tuple(map(str, range(int(labels_N.max()) + 1))),
         labels=labels_N.tolist(),
-        keys=[str(index) for index in range(len(labels_N))],
+        keys=range(len(labels_N)),
         is_grey=True,
         open_picture=lambda index: Image.fromarray(images_NHW[index]),
     )

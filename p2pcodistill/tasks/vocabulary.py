@@ -32,6 +32,15 @@ _BATCH_DOCUMENTS = 256
 # Behind an end mark and closing quotes or brackets; a blank line, and what is blank behind it. Linear in time for any text.
 _SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+")
 _PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")
+# Of a model: pieces by chance, with more in them than text, or in place of text. The library may crash on some.
+_ALTERING_OPTIONS = (
+    "dropout",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "unk_token",
+    "fuse_unk",
+    "byte_fallback",
+)
 _UNDECODABLE = re.compile("([\ud800-\udfff])")
 
 
@@ -235,6 +244,7 @@ def _require_invertible(table: Any) -> None:
             table.get(key)
             for key in ("normalizer", "post_processor", "truncation", "padding", "added_tokens")
         )
+        and not any(table["model"].get(key) for key in _ALTERING_OPTIONS)
         and sorted(pieces.values()) == list(range(len(pieces)))
         and all(character in pieces for character in alphabet)
     )

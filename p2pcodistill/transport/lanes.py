@@ -175,7 +175,7 @@ class Lanes:
             self.refuse(channel.peer, error.reason, f"{channel.peer} sent {error}")
             return
         if channel is self.peers[channel.peer].in_use:  # else it is late: its session is over
-            self._inbox.put(Received(channel.peer, lane, tuple(map(_content, parts))))
+            self._inbox.put(Received(channel.peer, lane, tuple(_content(lane, part) for part in parts)))
 
     def _on_receipt(self, channel: Channel, num_bytes: int) -> None:
         try:
@@ -288,9 +288,11 @@ def revoked(peer: str) -> str:
     return f"the key of {peer} is revoked here"
 
 
-def _content(frame: zmq.Frame) -> bytes:
-    """What a part holds. A large one is not copied: what it is needed for (hash, write) takes a view as well."""
-    return frame.bytes if len(frame) < _MIN_VIEW_BYTES else cast(bytes, frame.buffer)
+def _content(lane: Lane, frame: zmq.Frame) -> bytes:
+    """What a part holds. A large one of the bulk lane is not copied: what it is needed for (hash, write) takes a view."""
+    if lane is Lane.CONTROL or len(frame) < _MIN_VIEW_BYTES:
+        return frame.bytes
+    return cast(bytes, frame.buffer.toreadonly())
 
 
 def _num_bytes(frames: Iterable[zmq.Frame]) -> int:

@@ -482,6 +482,24 @@ def test_a_keyframe_takes_the_room_of_what_it_supersedes_where_there_is_none(
         assert reopened.chain("berlin") == (newer_own,)
 
 
+def test_what_a_keyframe_supersedes_stays_when_the_disk_does_not_take_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with closing(FrameStore(folder, site="berlin", keys=KEYS, max_bytes=FRAME_BYTES)) as store:
+        older = adopt(store, 50, tmp_path / "outbox")
+        with monkeypatch.context() as patch:
+            patch.setattr("p2pcodistill.checkpoint.store.move", fail)
+            with pytest.raises(OSError, match="No space left"):
+                adopt(store, 100, tmp_path / "outbox")
+        assert store.frames("berlin") == (older,) and read_frame(store, older) is not None
+        newer = adopt(store, 100, tmp_path / "outbox")
+        assert store.frames("berlin") == (newer,)
+        assert store.prune(keep_frame_ids=[newer.signed.frame_id]) == (older.signed.frame_id,)
+
+
 # --- durable ---------------------------------------------------------------------------------------------------------
 
 
@@ -532,6 +550,28 @@ def test_what_was_flushed_meets_its_error_again_on_completion(
     store.flush(signed.frame_id)
     assert store.complete(signed.frame_id).path.read_bytes() == content
     store.flush(signed.frame_id)  # too late, and no harm
+
+
+def test_trouble_with_a_manifest_that_is_told_only_once_is_told_on_completion(
+    folder: Path, store: FrameStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signed, content = make_frame(50)
+    store.begin(signed)
+    put_chunks(store, signed, content)
+    manifest = next(folder.rglob(f"{signed.frame_id}.manifest")).stat().st_ino
+    fsync = os.fsync
+    failed: list[int] = []
+
+    def fail_once(descriptor: int) -> None:
+        if os.fstat(descriptor).st_ino == manifest and not failed:
+            failed.append(descriptor)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    store.flush(signed.frame_id)
+    with pytest.raises(OSError, match="Input/output error"):
+        store.complete(signed.frame_id)
 
 
 # --- a life after a crash --------------------------------------------------------------------------------------------

@@ -441,6 +441,19 @@ def test_a_relay_tells_teacher_and_student_that_the_other_has_finished(sites: An
         assert not any(node.refusals() for node in net.nodes.values())
 
 
+def test_others_are_told_once_that_a_peer_has_finished_however_often_it_says_so(sites: Any) -> None:
+    _, oslo, _, net = relayed(sites)
+    net.wait(0.0)
+    net.wait(RELAY_AFTER_S)
+    oslo.take_messages()
+
+    for _ in range(2):
+        oslo.receive("lima", Finished(None))
+    oslo.receive("lima", Follow("tokyo", None, 0))
+
+    assert oslo.take_messages() == [("tokyo", Finished("lima"))]
+
+
 def test_a_student_is_told_its_end_by_way_of_its_relay_only_while_that_is_there(sites: Any) -> None:
     _, _, lima, net = relayed(sites)
     net.wait(0.0)
@@ -452,6 +465,24 @@ def test_a_student_is_told_its_end_by_way_of_its_relay_only_while_that_is_there(
     net.cut("oslo", "lima")
 
     assert not lima.gossip.teachers_told
+
+
+def test_of_fellow_students_only_one_that_is_followed_is_believed_about_another(sites: Any) -> None:
+    tokyo, berlin, lima = teacher(sites, ("berlin", "lima")), student(sites, "berlin"), student(sites, "lima")
+    net = sites.net(tokyo, berlin, lima, apart=[("tokyo", "lima")])
+    net.settle()
+    tokyo.receive("berlin", Finished(None))
+    tokyo.receive("berlin", Finished("lima"))
+    assert not tokyo.gossip.students_finished, "lima does not follow berlin"
+
+    net.wait(0.0)
+    net.wait(RELAY_AFTER_S)
+    assert net.history["berlin", "tokyo"].count(Follow("tokyo", None, 0)) == 1
+    lima.feed(TrainingFinished())
+    net.settle()
+
+    assert tokyo.gossip.students_finished
+    assert not any(node.refusals() for node in net.nodes.values())
 
 
 def test_nobody_is_believed_about_a_student_that_has_spoken_for_itself_or_without_relaying_it(

@@ -71,6 +71,17 @@ def test_the_readmes_example_trains_as_printed(
             r"'Rings.forward' does not take \(self, model, inputs, state\)",
         ),
         ("*, rank, num_ranks, device", "rank", r"'Rings' does not take \(spec, \*, rank"),
+        (
+            "import torch\n",
+            "import torch\ntorch.no_such_thing\n",
+            r"cannot be imported \(AttributeError: .*no_such_thing",
+        ),
+        (
+            "import torch\n",
+            "import torch\nraise ValueError('two\\nlines')\n",
+            r"\(ValueError: two\): mend it",
+        ),
+        ("import torch\n", "import torch\n1 +\n", r"cannot be imported \(SyntaxError: invalid syntax"),
         ("import torch\n", "import torch_that_is_missing\n", "No module named 'torch_that_is_missing'"),
     ],
 )

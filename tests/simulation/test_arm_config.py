@@ -66,6 +66,14 @@ def load(folder: Path, content: dict[str, Any]) -> ScenarioConfig:
         ({"kind": "alone", "task": {"hidden_sise": 3}}, "the arm 'alone': .*hidden_sise.* 'hidden_size'"),
         ({"kind": "alone", "task": {"data": ["x"]}}, "task.data is decided by the simulation"),
         ({"kind": "alone", "task": {"name": "custom"}}, "all arms have the same task; remove its task.name"),
+        (
+            {"kind": "alone", "task": {"max_held_out_examples": 64}},
+            r"'alone': task.max_held_out_examples decides what is evaluated on, .*: remove it, or set it in \[task\]",
+        ),
+        (
+            {"kind": "alone", "task": {"generator_seed": 7}},
+            "task.generator_seed decides what is evaluated on",
+        ),
         ({"kind": "alone", "sharing": "some"}, "arms.0.sharing: .*'some'"),
         ({"kind": "alone", "training": 3}, "arms.0.training: .*got 3"),
     ],
@@ -106,6 +114,14 @@ def test_data_that_two_sites_have_is_not_disjoint(tmp_path: Path) -> None:
     assert load(tmp_path, same_in_arm).arms[0].sharing == "same"
     apart = [{"name": "a", "data": ["corpus"]}, {"name": "b", "data": ["corpus-2"]}]
     assert len(load(tmp_path, table({"kind": "alone"}, sites=apart)).sites) == 2
+
+
+def test_paths_in_an_arm_are_relative_to_the_file(tmp_path: Path) -> None:
+    task = {"unlabelled": ["more"], "vocabulary": "words.json", "hidden_size": 8}
+    arms = [{"kind": "alone", "task": task}, {"kind": "pooled"}]
+    scenario = load(tmp_path, table(*arms))
+    expected = {"unlabelled": [str(tmp_path / "more")], "vocabulary": str(tmp_path / "words.json")}
+    assert scenario.arms[0].task == expected | {"hidden_size": 8} and scenario.arms[1].task == {}
 
 
 def test_a_topology_of_an_arm_has_to_fit_the_sites(tmp_path: Path) -> None:

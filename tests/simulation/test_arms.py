@@ -180,6 +180,35 @@ def test_diloco_without_outer_momentum_and_rate_is_averaging(run: Run) -> None:
     assert difference.abs().max() > 1e-3
 
 
+def test_a_round_of_diloco_that_is_cut_short_is_averaged(run: Run) -> None:
+    done = run({"kind": "fedavg", "interval_steps": 50}, {"kind": "diloco", "interval_steps": 50})
+    assert_same_model(done.model("fedavg", "b"), done.model("diloco", "b"), rtol=1e-4, atol=1e-6)
+
+
+def test_a_moving_average_is_of_what_the_rounds_yield(run: Run) -> None:
+    averaged = {"average_decay": 0.5}
+    done = run({"kind": "fedavg", "interval_steps": 1, "training": averaged})
+    # After each step all models are alike, and so are their averages.
+    assert_same_model(done.model("fedavg", "a"), done.model("fedavg", "c"))
+    assert "unaveraged_loss" in done.evaluations("fedavg", "a")[-1].metrics
+
+
+def test_members_of_an_ensemble_have_the_weights_that_a_user_would_keep(run: Run) -> None:
+    averaged = {"training": {"average_decay": 0.9}}
+    done = run(
+        {"kind": "ensemble"} | averaged,
+        {"kind": "alone"} | averaged,
+        {"kind": "two-phase"} | averaged,
+    )
+    alone = [predictions(done, "alone", site) for site in SITES]
+    torch.testing.assert_close(
+        predictions(done, "ensemble", "pooled"), torch.stack(alone).mean(0), rtol=1e-4, atol=1e-6
+    )
+    ensemble = done.evaluations("ensemble")[-1]
+    assert done.evaluations("two-phase")[-1].metrics["teacher_loss"] == pytest.approx(ensemble.val_loss)
+    assert ensemble.val_loss < ensemble.metrics["mean_member_loss"]
+
+
 def test_gossip_with_everyone_is_averaging(run: Run) -> None:
     done = run({"kind": "fedavg"}, {"kind": "gossip-averaging", "topology": "full"})
     for site in SITES:
@@ -305,7 +334,12 @@ def test_a_two_phase_student_has_the_ensemble_as_its_teacher(run: Run) -> None:
     assert history.num_parameters is not None
     raw_fp16_bytes = 3 * 2 * history.num_parameters
     assert 0.5 * raw_fp16_bytes < history.num_bytes_sent == history.num_bytes_received < 1.1 * raw_fp16_bytes
-    assert done.end_s("two-phase") == pytest.approx((teacher_steps + NUM_STEPS) * 0.1)
+    taught = [
+        done_at["step"] for done_at in done.records("two-phase") if done_at["event"] == "teacher-swapped"
+    ]
+    taught_steps = sum(teacher_steps + NUM_STEPS - step for step in taught)
+    assert len(taught) == 3 and taught_steps > 0
+    assert done.end_s("two-phase") == pytest.approx((teacher_steps + NUM_STEPS + taught_steps / 3) * 0.1)
     assert history.duration_s == pytest.approx(done.end_s("two-phase"))
 
 
@@ -357,6 +391,7 @@ def test_a_synchronous_arm_waits_for_the_slowest_of_its_workers(run: Run) -> Non
         {"kind": "synchronous"},
         {"kind": "alone"},
         {"kind": "fedavg"},
+        {"kind": "ensemble"},
         {"kind": "alone", "name": "group", "num_workers": 4},
         virtual=virtual,
     )
@@ -366,10 +401,34 @@ def test_a_synchronous_arm_waits_for_the_slowest_of_its_workers(run: Run) -> Non
     assert done.end_s("synchronous") == pytest.approx(slowest_s)
     for site in SITES:
         assert done.end_s("alone", site) == pytest.approx(sum(drawn[site]))
+    assert done.end_s("ensemble") == pytest.approx(max(sum(drawn[site]) for site in SITES))
+    slowest_at_first_s = max(sum(drawn[site][:4]) for site in SITES)
+    [first, *_] = [of for of in done.records("ensemble") if of["event"] == Evaluated.name]
+    assert first["time_unix_s"] == pytest.approx(slowest_at_first_s)
+    assert done.history("ensemble").duration_s == pytest.approx(done.end_s("ensemble"))
     of_groups = StepTimes(done.scenario.virtual, seed=0, num_workers=4)
     assert done.end_s("group", "a") == pytest.approx(sum(of_groups("a") for _ in range(NUM_STEPS)))
     rounds = [max(sum(drawn[site][start : start + 4]) for site in SITES) for start in range(0, NUM_STEPS, 4)]
     assert done.end_s("fedavg", "c") == pytest.approx(sum(rounds)) and sum(rounds) < slowest_s
+
+
+def test_teachers_take_time_once_they_teach(run: Run) -> None:
+    done = run(
+        {"kind": "codistilled"},
+        {"kind": "codistilled", "name": "burning", "codistillation": {"burn_in_steps": 100}},
+        topology="line",
+        virtual={"teacher_time_ratio": 0.5},
+    )
+    assert done.end_s("burning", "b") == pytest.approx(NUM_STEPS * 0.1)
+    for site, num_teachers in (("a", 1), ("b", 2)):
+        firsts = {}  # of each teacher: after how many updates it began to teach
+        for of in done.records("codistilled", site):
+            if of["event"] == "teacher-swapped":
+                firsts.setdefault(of["teacher"], of["step"])
+        assert len(firsts) == num_teachers
+        num_taught = sum(NUM_STEPS - step for step in firsts.values())
+        [ended] = [of for of in done.records("codistilled", site) if of["event"] == TrainingEnded.name]
+        assert ended["duration_s"] == pytest.approx((NUM_STEPS + 0.5 * num_taught) * 0.1)
 
 
 # --- what arms set otherwise ---------------------------------------------------------------------------------------

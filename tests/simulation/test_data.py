@@ -134,13 +134,14 @@ CUSTOM = {"name": "custom", "task": "mine:Task"}
 
 
 def test_each_site_is_told_its_part_of_data_that_stays_where_it_is(corpus: Path, tmp_path: Path) -> None:
-    scenario = load(corpus.parent, task=CUSTOM, data={"paths": ["corpus"], "held_out": ["corpus/file-1.txt"]})
+    (tmp_path / "held.txt").write_text("held out\n")
+    scenario = load(corpus.parent, task=CUSTOM, data={"paths": ["corpus"], "held_out": ["held.txt"]})
     folder = tmp_path / "run"
     folder.mkdir()
     prepare_data(scenario).write(folder)
     assert list(folder.iterdir()) == []
     tokyo = task_of_site(scenario, ("tokyo",), folder, Path("..", ".."))
-    assert (tokyo.data, tokyo.held_out) == ((corpus,), (corpus / "file-1.txt",))
+    assert (tokyo.data, tokyo.held_out) == ((corpus,), (tmp_path / "held.txt",))
     assert (tokyo.shards, tokyo.num_shards) == ((1,), 2)
     assert task_of_site(scenario, ("berlin", "tokyo"), folder, Path()).shards == (0, 1)
 
@@ -150,11 +151,47 @@ def test_each_site_is_told_of_data_of_its_own(corpus: Path, tmp_path: Path) -> N
         {"name": "berlin", "data": ["corpus/file-1.txt"]},
         {"name": "tokyo", "data": ["corpus/file-2.txt"]},
     ]
-    scenario = load(corpus.parent, task=CUSTOM, sites=sites, data={})
+    with pytest.raises(ConfigError, match=r"its own data, which others train on: .* in data\.held_out"):
+        load(corpus.parent, task=CUSTOM, sites=sites, data={})
+    data = {"held_out": ["corpus/file-3.txt"]}
+    scenario = load(corpus.parent, task=CUSTOM, sites=sites, data=data)
     tokyo = task_of_site(scenario, ("tokyo",), tmp_path, Path())
     assert (tokyo.data, tokyo.shards) == ((corpus / "file-2.txt",), ())
     pooled = task_of_site(scenario, ("berlin", "tokyo"), tmp_path, Path())
     assert pooled.data == (corpus / "file-1.txt", corpus / "file-2.txt")
+    sites[1]["data"] += ["corpus/../corpus/file-1.txt"]
+    scenario = load(corpus.parent, task=CUSTOM, sites=sites, data=data | {"sharing": "same"})
+    shared = task_of_site(scenario, ("berlin", "tokyo"), tmp_path, Path())
+    assert shared.data == (corpus / "file-1.txt", corpus / "file-2.txt"), "no file twice"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": {"paths": ["corpus"], "held_out": ["corpus/file-1.txt"]}},
+        {"data": {"paths": ["corpus/file-1.txt"], "held_out": ["corpus"]}, "task": CUSTOM},
+        {
+            "data": {"held_out": ["corpus/../corpus/file-2.txt"]},
+            "sites": [{"name": f"s{number}", "data": [f"corpus/file-{number}.txt"]} for number in (1, 2)],
+        },
+        {"data": {"held_out": ["corpus/file-2.txt"]}, "task": {"unlabelled": ["corpus"]}},
+        {"data": {"paths": ["hf:a/b"], "held_out": ["hf:a/b#train"]}},
+    ],
+)
+def test_held_out_data_that_is_trained_on_is_refused(corpus: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"is to be evaluated on and overlaps .*: list other data"
+    ) as refusal:
+        load(corpus.parent, **changes)
+    assert "\n" not in str(refusal.value)
+
+
+def test_sites_with_the_same_data_of_the_hub_are_refused_however_it_is_written(corpus: Path) -> None:
+    sites = [{"name": "berlin", "data": ["hf:a/b:c"]}, {"name": "tokyo", "data": ["hf:a/b:c#train"]}]
+    with pytest.raises(ConfigError, match="the sites 'berlin' and 'tokyo' both have hf:a/b:c#train"):
+        load(corpus.parent, sites=sites, data={})
+    sites[1]["data"] = ["hf:a/b:c#validation"]
+    assert load(corpus.parent, sites=sites, data={}).site_names == ("berlin", "tokyo")
 
 
 def test_missing_data_and_limits_on_text_are_refused(corpus: Path) -> None:

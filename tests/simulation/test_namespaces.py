@@ -142,15 +142,43 @@ def test_what_a_killed_simulation_left_behind_is_removed_and_nothing_else(networ
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL
-    foreign = f"p2pcodistill-test-{os.getpid()}"
-    subprocess.run(["ip", "netns", "add", foreign], check=True)
+    foreign = [f"p2pcodistill-test-{os.getpid()}", f"p2pcodistill-1-{2**30}-1-0"]  # of another PID namespace
+    for name in foreign:
+        subprocess.run(["ip", "netns", "add", name], check=True)
     try:
         assert remove_leftovers() == sorted(done.stdout.split())
         assert remove_leftovers() == []
-        assert Path("/run/netns", foreign).exists()
+        assert all(Path("/run/netns", name).exists() for name in foreign)
         assert send(network, "tokyo", "lima", 1000), "those of a living process stay"
     finally:
-        subprocess.run(["ip", "netns", "delete", foreign], check=True)
+        for name in foreign:
+            subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+def test_one_namespace_that_cannot_be_removed_leaves_no_other_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(namespaces, "_FOLDER", tmp_path)
+    network = SiteNetwork(["stuck", "raced", "berlin"])
+    stuck, raced, berlin = (network.command_prefix(site)[-1] for site in ("stuck", "raced", "berlin"))
+    for name in (stuck, raced, berlin):
+        (tmp_path / name).touch()
+
+    def delete(*command: str) -> str:
+        if command[-1] != stuck:
+            (tmp_path / command[-1]).unlink()
+        if command[-1] != berlin:
+            raise NamespaceError(f"cannot remove {command[-1]}")
+        return ""
+
+    monkeypatch.setattr(namespaces, "_run", delete)
+    with pytest.raises(NamespaceError, match=f"cannot remove {stuck}"):
+        network.close()
+    assert [path.name for path in tmp_path.iterdir()] == [stuck]
+    (tmp_path / stuck).unlink()
+    (tmp_path / raced).touch()
+    network.close()  # another simulation has removed it in the same moment
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_namespaces

@@ -19,6 +19,7 @@ import tomli_w
 
 from p2pcodistill.errors import ConfigError, DataError, GroupError
 from p2pcodistill.simulation import job_run, outcome, processes
+from p2pcodistill.simulation.links import JobLinks
 from p2pcodistill.simulation.processes import simulate
 
 REPOSITORY = Path(__file__).parents[2]
@@ -406,6 +407,27 @@ def test_a_site_that_is_gone_for_good_does_not_hold_up_the_others(
     assert simulation.was_stopped("codistilled-seed0", "berlin")
     notes = json.loads((simulation.runs / "latest" / "summary.json").read_text())["notes"]
     assert any("tokyo" in note and "kill at step 50" in note for note in notes)
+
+
+def test_links_are_closed_when_events_cannot_be_read(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[JobLinks] = []
+    close = JobLinks.close
+
+    def fail(_: job_run.JobRun) -> None:
+        raise GroupError("unreadable")
+
+    async def note(links: JobLinks) -> None:
+        closed.append(links)
+        await close(links)
+
+    monkeypatch.setattr(job_run.JobRun, "_read_events", fail)
+    monkeypatch.setattr(JobLinks, "close", note)
+    only_codistilled(simulation)
+    with pytest.raises(GroupError, match="unreadable"):
+        simulation.run()
+    assert len(closed) == 1
 
 
 def test_a_site_is_replaced_at_once(simulation: Simulation) -> None:

@@ -14,6 +14,7 @@ import tomli_w
 from p2pcodistill.errors import ConfigError, GroupError
 from p2pcodistill.report.history import SiteHistory
 from p2pcodistill.report.summary import ArmResult
+from p2pcodistill.simulation.files import scenario_toml
 from p2pcodistill.simulation.processes import simulate
 from p2pcodistill.simulation.scenario import ScenarioConfig, load_scenario
 from p2pcodistill.simulation.search import choose, describe_choice, search_scenario
@@ -68,6 +69,23 @@ def test_each_arm_is_tried_with_each_combination_that_it_can_have() -> None:
     assert warmups == [0] * 3 + [3] * 6 + [0] * 6, "what is not searched stays"
 
 
+@pytest.mark.parametrize("arms", [ARMS, ARMS[:2]])
+def test_the_scenario_of_the_trials_can_be_read_again(arms: list[dict[str, Any]], tmp_path: Path) -> None:
+    is_codistilled = len(arms) == 3
+    content = table(
+        claims=[{"text": "It helps.", "arm": "smoothed", "measure": "loss-difference", "against": ["alone"]}],
+        report={"title": "Alone", "curves": ["steps"]},
+        links=[{"between": "all", "bandwidth_mbit": 1.0}],
+        arms=ARMS,
+        search={"grid": [GRID[0] | {"arms": [arm["name"] for arm in arms]}]},
+    )
+    searched = parse_model(ScenarioConfig, content, source="small.toml")
+    (tmp_path / "trials.toml").write_text(scenario_toml(search_scenario(searched)))
+    trials = load_scenario(tmp_path / "trials.toml")
+    assert len(trials.arms) == len(arms) * len(RATES)
+    assert (trials.claims, trials.report.curves, len(trials.links)) == ((), (), int(is_codistilled))
+
+
 def results(losses: list[tuple[float, float]]) -> list[ArmResult]:
     """Of the trials, in their order: what the two sites ended with."""
     return [
@@ -101,6 +119,12 @@ def test_the_least_mean_final_loss_is_chosen_and_all_is_recorded(tmp_path: Path)
         {"trial": f"0.{index}-alone", "settings": {"training.learning_rate": rate}, "final_val_loss": loss}
         for index, (rate, loss) in enumerate(zip(RATES, [3.0, 2.25, None], strict=True))
     ]
+    assert "held-out data that the result is reported on" in record["chosen_on"]
+    assert {arm: of["num_trials"] for arm, of in record["arms"].items()} == {
+        "alone": 3,
+        "smoothed": 6,
+        "codistilled": 6,
+    }
     edges = {arm: of["at_edge_of_grid"] for arm, of in record["arms"].items()}
     assert edges == {"alone": [], "smoothed": [], "codistilled": ["training.learning_rate"]}
     lines = describe_choice(tmp_path)
@@ -133,6 +157,22 @@ def test_an_arm_that_never_learns_ends_the_search(tmp_path: Path) -> None:
         (
             {"grid": [{"key": "codistillation.wait", "values": [1.0]}]},
             "codistillation.wait': did you mean 'weight'",
+        ),
+        (
+            {"grid": [{"key": "training.num_steps", "values": [9]}]},
+            "training.num_steps is what a result costs",
+        ),
+        (
+            {"grid": [GRID[0], GRID[0] | {"values": [0.2], "arms": ["smoothed"]}]},
+            "has training.learning_rate twice for the arm 'smoothed': list all its values in one table",
+        ),
+        (
+            {"grid": [{"key": "task.max_held_out_bytes", "values": [100, 200]}]},
+            "task.max_held_out_bytes is decided by the simulation",
+        ),
+        (
+            {"grid": [{"key": "task.max_held_out_examples", "values": [100]}]},
+            "task.max_held_out_examples decides what is evaluated on",
         ),
         ({"grid": [GRID[0] | {"arms": ["lone"]}]}, "'lone' is none of the arms alone, smoothed, codistilled"),
         ({"grid": [GRID[1] | {"arms": ["alone"]}]}, "the arm 'alone' has no codistillation.weight"),

@@ -47,6 +47,15 @@ def test_of_several_workers_the_slowest_decides() -> None:
         assert mean_s == pytest.approx(0.2 * (1 + 0.5 * harmonic), rel=0.03)
 
 
+def test_teachers_make_an_update_longer_by_a_share_of_it() -> None:
+    assert StepTimes(VirtualConfig(), seed=0)("a", num_teachers=3) == pytest.approx(0.1 * (1 + 3 / 3))
+    table = {"step_time_tail": "lognormal", "teacher_time_ratio": 0.25}
+    times = [StepTimes(VirtualConfig.model_validate(table), seed=0) for _ in range(2)]
+    assert times[0]("a", num_teachers=2) == pytest.approx(times[1]("a") * 1.5)
+    free = VirtualConfig(teacher_time_ratio=0.0)
+    assert StepTimes(free, seed=0)("a", num_teachers=3) == 0.1
+
+
 def test_seed_and_site_decide_what_is_drawn() -> None:
     assert draws("lognormal") == draws("lognormal")
     assert draws("lognormal") != draws("lognormal", site="b")

@@ -30,6 +30,7 @@ def scenario(**changes: Any) -> dict[str, Any]:
         "data": {"max_bytes_per_site": 20_000, "max_held_out_bytes": 2_048},
         "arms": [{"name": kind, "kind": kind} for kind in ("codistilled", "alone", "pooled")],
         "group": {"num_threads": 1},
+        "virtual": {"teacher_time_ratio": 0.0},
         "task": {"embedding_size": 8, "hidden_size": 16, "num_layers": 1, "window_tokens": 16},
         "training": {
             "num_steps": 60,
@@ -99,7 +100,8 @@ def test_a_scenario_runs_in_virtual_time_alike_each_time(tmp_path: Path) -> None
 
 
 def test_the_steps_take_the_time_that_the_scenario_gives_them(tmp_path: Path) -> None:
-    changes = {"virtual": {"step_time_s": 2.0}, "faults": [], "arms": [{"name": "x", "kind": "codistilled"}]}
+    virtual = {"step_time_s": 2.0, "teacher_time_ratio": 0.0}
+    changes = {"virtual": virtual, "faults": [], "arms": [{"name": "x", "kind": "codistilled"}]}
     folder, _ = run(tmp_path, scenario(**changes))
     told = [json.loads(line) for line in (folder / "x-seed0/berlin/events.jsonl").read_text().splitlines()]
     (ended,) = [record for record in told if record["event"] == "training-ended"]
@@ -139,7 +141,8 @@ def test_the_ring_of_eight(tmp_path: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     sites = summary["arms"][0]["sites"]
     assert len(sites) == 8 and all(site["finished"] for site in sites.values())
-    assert sites["mumbai"]["steps_per_s"] == pytest.approx(2.5, rel=0.1)
+    # Half of 5 steps/s in burn-in, and three fifths of that with two teachers.
+    assert 1.5 < sites["mumbai"]["steps_per_s"] < 2.0
     assert sites["berlin"]["mean_staleness_steps"] > sites["mumbai"]["mean_staleness_steps"]
     faults = (folder / "codistilled-seed0" / "simulator.jsonl").read_text()
     assert Counter(json.loads(line)["event"] for line in faults.splitlines()) == {

@@ -16,6 +16,7 @@ from p2pcodistill.config import CodistillationConfig, FramesConfig, GroupConfig,
 from p2pcodistill.errors import DataError
 from p2pcodistill.group.task import MAX_PREDICTIONS, load_task
 from p2pcodistill.task_configs import ClicksConfig
+from p2pcodistill.tasks import clicks as clicks_module
 from p2pcodistill.tasks.click_files import NUM_CATEGORIES, NUM_DENSE, NUM_INTEGERS, Clicks
 from p2pcodistill.tasks.clicks import ClickNetwork, ClicksTask, SmeLU, load_site_clicks
 from p2pcodistill.tasks.preflight import require_data
@@ -188,6 +189,24 @@ def test_held_out_files_are_evaluated_on_and_all_else_is_trained_on(tmp_path: Pa
     assert indices_of(clicks.train) == set(range(50)) and indices_of(clicks.held_out) == set(range(50, 80))
     fewer = load_site_clicks(config(data=(data,), held_out=(held_out,), max_held_out_examples=5))
     assert len(fewer.held_out) == 5 and indices_of(fewer.held_out) < set(range(50, 80))
+
+
+def test_held_out_rows_that_are_all_malformed_are_refused(tmp_path: Path) -> None:
+    data, held_out = write_rows(tmp_path / "a", 80), tmp_path / "b"
+    held_out.write_text("no row of clicks\n" * 5)
+    with pytest.raises(DataError, match=r"b: all rows to evaluate on are malformed: mend them, or list"):
+        load_site_clicks(config(data=(data,), held_out=(held_out,), malformed_rows="skip"))
+
+
+def test_predictions_are_spread_over_files_that_are_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, held_out = write_rows(tmp_path / "a", 80), tmp_path / "b"
+    rows = write_rows(held_out, 40).read_text().split("\n")
+    held_out.write_text("\n".join(sorted(rows)))  # all clicks behind
+    monkeypatch.setattr(clicks_module, "MAX_PREDICTIONS", 6)
+    predictions = task_of(config(data=(data,), held_out=(held_out,))).predict(Fixed(0.0))
+    assert predictions.labels_N.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_too_little_data_is_refused(tmp_path: Path) -> None:

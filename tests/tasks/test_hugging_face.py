@@ -86,6 +86,23 @@ def test_what_cannot_be_built_is_one_line(architecture: str, options: dict[str, 
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "key", ["attn_implementation", "_attn_implementation", "_experts_implementation_internal"]
+)
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_who_computes_is_not_chosen_by_a_configuration(tmp_path: Path, key: str, is_nested: bool) -> None:
+    path = tmp_path / "config.json"
+    named = {key: "somebody/kernel"}
+    path.write_text(
+        json.dumps({"model_type": "gpt2"} | ({"list": [{"inner": named}]} if is_nested else named))
+    )
+    with pytest.raises(ConfigError, match=f"has '{key}', which may name code to be downloaded: remove it"):
+        make_hugging_face_model(config_of(str(path)), 300)
+    options = {"text_config": named} if is_nested else named
+    with pytest.raises(ConfigError, match=f"has '{key}', which may name code to be downloaded: remove it"):
+        make_hugging_face_model(config_of("gpt2", **options), 300)
+
+
 def test_a_model_that_sees_what_it_is_to_predict_is_refused() -> None:
     small = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
     with pytest.raises(ConfigError, match="'bert' is not causal"):

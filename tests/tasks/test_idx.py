@@ -57,9 +57,23 @@ def test_labels_that_are_missing_are_named(tmp_path: Path, name: str) -> None:
 
 def test_as_many_labels_as_images(tmp_path: Path) -> None:
     (tmp_path / "a-images-idx3-ubyte").write_bytes(IMAGES_IDX)
-    (tmp_path / "a-labels-idx1-ubyte").write_bytes(idx(2, content=b"\0\1"))
+    (tmp_path / "a-labels-idx1-ubyte").write_bytes(idx(2, content=b""))  # the header says it
     with pytest.raises(DataError, match=r"has 3 images, but .* has 2 labels"):
         read_idx_pair(tmp_path / "a-images-idx3-ubyte")
+
+
+def test_many_tiny_images_are_refused_by_their_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*shape: int) -> Path:
+        (tmp_path / "a-images-idx3-ubyte").write_bytes(idx(*shape, content=b""))
+        (tmp_path / "a-labels-idx1-ubyte").write_bytes(idx(shape[0], content=b""))
+        return tmp_path / "a-images-idx3-ubyte"
+
+    with pytest.raises(DataError, match=r"has images of 1 x 1 pixels: 4 x 4 are the least"):
+        read_idx_pair(write(3_000_000, 1, 1))
+    with pytest.raises(DataError, match=r"claims to hold 9000000 images: more than 8388608 are not read"):
+        read_idx_pair(write(9_000_000, 4, 4))
 
 
 MALFORMED = {

@@ -136,6 +136,11 @@ def test_several_files_are_one_set(mnist: Path, tmp_path: Path) -> None:
     assert sorted(numbers_of(site.train) + numbers_of(site.held_out)) == list(range(500))
 
 
+def test_a_file_that_is_listed_twice_is_there_once(mnist: Path) -> None:
+    site = load_site_images(config(mnist, mnist.parent / "." / mnist.name, mnist))
+    assert sorted(numbers_of(site.train) + numbers_of(site.held_out)) == list(range(400))
+
+
 # --- kinds of data
 
 
@@ -225,6 +230,37 @@ def test_a_damaged_picture_of_the_hub_is_named(hub_folder: Path) -> None:
     datasets.Dataset.from_dict(rows, features=features).to_parquet(hub_folder / "train-00000.parquet")
     with pytest.raises(DataError, match=r"cannot read picture \d of hf:"):
         load_site_images(config(Path(f"hf:{hub_folder}")))
+
+
+def test_rows_of_the_hub_reach_no_other_files(hub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, outside = hub_folder / "a.png", hub_folder.parent / "b.png"
+    for path in (inside, outside):
+        Image.new("L", (6, 4), 9).save(path)
+    (hub_folder / "link.png").symlink_to(outside)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+
+    def load(*paths: Path) -> int:
+        rows = {
+            "image": [{"bytes": None, "path": str(path)} for path in paths] * 8,
+            "label": [0, 1] * 4 * len(paths),
+        }
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(hub_folder / "train-00000.parquet")
+        site = load_site_images(config(Path(f"hf:{hub_folder}"), channels=1))
+        return len(site.train.labels_N) + len(site.held_out.labels_N)
+
+    assert load(inside) == 8
+    refused = {
+        outside: "is outside of the data set",
+        hub_folder / ".." / "b.png": "is outside of the data set",
+        hub_folder / "link.png": "is outside of the data set",
+        hub_folder: "is no file",
+    }
+    for path, why in refused.items():
+        with pytest.raises(DataError, match=rf"cannot read picture \d of hf:.* {why}"):
+            load(path)
+    monkeypatch.setattr(image_data, "MAX_PICTURE_FILE_BYTES", 20)
+    with pytest.raises(DataError, match="is larger than"):
+        load(inside)
 
 
 def test_hub_data_without_images_or_labels_is_refused(hub_folder: Path) -> None:

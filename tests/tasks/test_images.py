@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from p2pcodistill.errors import ConfigError, DataError
 from p2pcodistill.group.task import load_task
 from p2pcodistill.task_configs import ImagesConfig
 from p2pcodistill.tasks import images as images_module
+from p2pcodistill.tasks.image_data import ImagesInMemory
 from p2pcodistill.tasks.images import ImagesTask
 
 CPU = torch.device("cpu")
@@ -136,6 +138,22 @@ def test_predictions_are_probabilities_of_always_the_same_images(
     torch.testing.assert_close(first.probabilities_NC.sum(1), torch.ones(9))
     assert torch.equal(first.probabilities_NC, second.probabilities_NC)
     assert first.labels_N.dtype == torch.int64 and torch.equal(first.labels_N, second.labels_N)
+
+
+def test_predictions_are_spread_over_images_that_are_in_order(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images_module, "MAX_PREDICTIONS", 6)
+    task = task_of(tmp_path, data)
+    held_out = task._images.held_out
+    labels = held_out.labels_N
+    in_order = labels.argsort(stable=True)
+    sorted_labels = labels[in_order]
+    images = type(held_out)(ImagesInMemory(held_out.images.read(in_order)), sorted_labels)
+    monkeypatch.setattr(task, "_images", replace(task._images, held_out=images))
+    predictions = task.predict(Guess(0, 0, 0))
+    assert predictions.labels_N.unique().tolist() == [0, 1, 2]
+    assert task.evaluate(Guess(0, 0, 0)).metrics["accuracy"] == int((labels == 0).sum()) / len(labels)
 
 
 def test_a_model_that_diverged_has_no_finite_loss(data: Path, tmp_path: Path) -> None:

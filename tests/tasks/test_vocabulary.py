@@ -183,6 +183,12 @@ def test_what_is_no_vocabulary_is_refused_by_name(path: Path, tmp_path: Path) ->
         changed(path, normalizer={"type": "Lowercase"}),
         changed(path, pre_tokenizer={"type": "Whitespace"}),
         changed(path, model=model | {"vocab": without}),
+        changed(path, model=model | {"dropout": 0.5}),
+        changed(path, model=model | {"continuing_subword_prefix": "##"}),
+        changed(path, model=model | {"end_of_word_suffix": "d"}),
+        changed(path, model=model | {"unk_token": "a"}),
+        changed(path, model=model | {"fuse_unk": True}),
+        changed(path, model=model | {"byte_fallback": True}),
     ]
     for content in contents:
         other.write_bytes(content)

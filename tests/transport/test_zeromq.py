@@ -203,6 +203,22 @@ async def test_who_is_denied_loses_its_session_behind_last_words_and_stays_out_u
     assert await next_of(other, Opened) == Opened(its_name)
 
 
+async def test_large_parts_cannot_be_written_to_and_are_bytes_on_the_control_lane(
+    transports: list[ZeroMQTransport],
+) -> None:
+    server = await open_site(transports, LOW, client=PeerEndpoint(HIGH.public))
+    client = await open_site(transports, HIGH, server=reached_at(LOW, server))
+    await expect(server, Opened)
+    await expect(client, Opened)
+    large = b"x" * (40 << 10)
+    assert client.send("server", Lane.CONTROL, [large])
+    (part,) = (await expect(server, Received)).payload
+    assert part == large and type(part) is bytes
+    assert client.send("server", Lane.BULK, [large])
+    (part,) = (await expect(server, Received)).payload
+    assert part == large and memoryview(part).readonly
+
+
 async def test_who_is_denied_from_the_start_is_neither_admitted_nor_dialled(
     transports: list[ZeroMQTransport],
 ) -> None:

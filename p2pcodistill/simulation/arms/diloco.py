@@ -1,7 +1,8 @@
 """DiLoCo (Douillard et al. 2023): local steps, and an outer optimizer with Nesterov momentum for what they have changed.
 
 What the sites have moved away from the common model, on average, is the outer gradient of its parameters. With an outer rate
-of 1 and no momentum it is federated averaging. Buffers, such as running means, are averaged.
+of 1 and no momentum it is federated averaging. Buffers, such as running means, are averaged. Where the last round is cut
+short by the end of training, its models are averaged, too: the outer momentum of whole rounds would carry them too far.
 """
 
 from __future__ import annotations
@@ -47,11 +48,14 @@ def run(arm: ArmRun) -> None:
         wait_for_each_other(learners)
         count_all_reduce(learners, num_bytes(models[0], precision))
         moved = mean([rounded(_difference(common, weights), precision) for weights in models])
-        for parameter, change in zip(parameters, moved[:num_parameters], strict=True):
-            parameter.grad = change
-        outer.step()
-        for buffer, change in zip(common[num_parameters:], moved[num_parameters:], strict=True):
-            buffer.sub_(change)
+        is_whole = learners[0].num_steps % arm.interval_steps == 0
+        num_outer = num_parameters if is_whole else 0
+        if is_whole:
+            for parameter, change in zip(parameters, moved[:num_outer], strict=True):
+                parameter.grad = change
+            outer.step()
+        for averaged, change in zip(common[num_outer:], moved[num_outer:], strict=True):
+            averaged.sub_(change)
         for weights in models:
             put(common, weights)
 

@@ -15,7 +15,7 @@ from p2pcodistill.runfolder import PREDICTIONS_FILE
 from p2pcodistill.simulation.arms.learner import Learner, Tell
 from p2pcodistill.simulation.arms.run import ArmRun
 from p2pcodistill.telemetry.event import Event
-from p2pcodistill.telemetry.training_events import Evaluated, TrainingStarted
+from p2pcodistill.telemetry.training_events import Evaluated, TrainingEnded, TrainingStarted
 
 
 class MeanPrediction(nn.Module):
@@ -45,13 +45,17 @@ def _mean(logits_N: Sequence[Tensor]) -> Tensor:
 
 
 def run(arm: ArmRun) -> None:
-    """See `run.ArmModule`. The log is that of the first member, with the ensemble's evaluations in place of its own."""
+    """See `run.ArmModule`. The log is that of the first member, with the ensemble's evaluations in place of its own.
+
+    Its times are those of the slowest member so far, without which there is no ensemble.
+    """
     tell = arm.tell()
     losses: list[float] = []
     members: list[Learner] = []
 
     def hear(is_first: bool) -> Tell:
-        def hear_member(time_s: float, event: Event) -> None:
+        def hear_member(_time_s: float, event: Event) -> None:
+            time_s = max(member.now_s for member in members)
             if isinstance(event, Evaluated):
                 losses.append(event.val_loss)
                 if len(losses) == len(members):
@@ -65,7 +69,7 @@ def run(arm: ArmRun) -> None:
     for site in arm.sites[: arm.config.num_members]:
         members.append(arm.learner(site, tell=hear(not members)))
     train_side_by_side(members)
-    together = MeanPrediction([member.model for member in members])
+    together = MeanPrediction([member.training.kept_model for member in members])
     save_predictions(members[0].training.predict(together), arm.folder / PREDICTIONS_FILE)
 
 
@@ -81,7 +85,9 @@ def train_side_by_side(members: Sequence[Learner]) -> None:
 
 
 def _evaluated(members: Sequence[Learner], last: Evaluated, losses: Sequence[float]) -> Evaluated:
-    together = members[0].training.evaluate(MeanPrediction([member.model for member in members]))
+    together = members[0].training.evaluate(
+        MeanPrediction([member.training.kept_model for member in members])
+    )
     metrics = {"mean_member_loss": sum(losses) / len(losses), "best_member_loss": min(losses)}
     return dataclasses.replace(last, val_loss=together.loss, metrics=together.metrics | metrics)
 
@@ -89,4 +95,6 @@ def _evaluated(members: Sequence[Learner], last: Evaluated, losses: Sequence[flo
 def _of_all(event: Event, members: Sequence[Learner]) -> Event:
     if isinstance(event, TrainingStarted):
         return dataclasses.replace(event, num_parameters=event.num_parameters * len(members))
+    if isinstance(event, TrainingEnded):
+        return dataclasses.replace(event, duration_s=max(member.now_s for member in members))
     return event

@@ -2,7 +2,7 @@
 
 A site sends its model to its students. Of a graph that changes, each exchange uses the next one. Weights are those of
 Metropolis and Hastings: on an undirected graph, and where all have equally many neighbours, the mean over all sites stays
-what it is.
+what it is. Sites do not come to one model: each one's own is evaluated, not their mean.
 """
 
 from __future__ import annotations

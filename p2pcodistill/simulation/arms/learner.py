@@ -58,6 +58,7 @@ class Learner:
         self._sent: dict[str, int] = {}
         self._received: dict[str, int] = {}
         self._told: TrafficMeasured | None = None
+        self._codistiller: Codistiller
         self._device = choose_device(spec.group, num_local_ranks=1, local_rank=0)
         self.training = Training(
             spec, self._device, None, join=self._join, clock=lambda: self.now_s, num_workers=num_workers
@@ -77,9 +78,10 @@ class Learner:
     def compute_gradient(self) -> Tensor:
         """The next batch's loss, a scalar, and its gradient, left in the model; takes the time of a step."""
         restore_random_states(self._random_states, self._device)
+        num_teachers = self._codistiller.num_running_teachers
         loss = self.training.compute_gradient()
         self._random_states = random_states(self._device)
-        self.now_s += self._step_times(self.name)
+        self.now_s += self._step_times(self.name, num_teachers=num_teachers)
         return loss
 
     def step(self) -> None:
@@ -119,7 +121,7 @@ class Learner:
     def _join(
         self, model: nn.Module, *, forward: Forward | None = None, criterion: Criterion | None = None
     ) -> Codistiller:
-        return Codistiller(
+        self._codistiller = Codistiller(
             model,
             self._spec.codistillation,
             exchange=self._board.exchange(self.name, self._teachers, on_event=self.report),
@@ -129,6 +131,7 @@ class Learner:
             criterion=criterion,
             clock=lambda: self.now_s,
         )
+        return self._codistiller
 
 
 def wait_for_each_other(learners: Sequence[Learner]) -> None:

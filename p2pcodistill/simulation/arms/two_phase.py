@@ -39,7 +39,7 @@ def run(arm: ArmRun) -> None:
     student.traffic_of = (student, *members)
     for member in members:
         _send(member, student, board, arm)
-    ensemble = MeanPrediction([member.model for member in members])
+    ensemble = MeanPrediction([member.training.kept_model for member in members])
     student.metrics["teacher_loss"] = student.training.evaluate(ensemble).loss
     while student.training.is_under_way:
         student.step()
@@ -86,4 +86,4 @@ def _send(member: Learner, student: Learner, board: MemoryBoard, arm: ArmRun) ->
             member.send(event.num_bytes, student)
 
     exchange = board.exchange(member.name, (), frames=arm.scenario.frames, on_event=count)
-    exchange.publish(take_snapshot(member.model, member.num_steps))
+    exchange.publish(take_snapshot(member.training.kept_model, member.num_steps))

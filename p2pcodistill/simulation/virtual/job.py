@@ -139,6 +139,7 @@ def _train(
         codistillation=scenario.codistillation,
         frames=scenario.frames,
         step_time_s=StepTimes(scenario.virtual, seed=job.seed, num_workers=job.arm.num_workers or 1),
+        teacher_time_ratio=scenario.virtual.teacher_time_ratio,
         name=job.run,
         settings=VirtualSettings(
             seed=job.seed,

@@ -1,7 +1,7 @@
 """How long updates take in virtual time: always the same, or with a tail, in which some take much longer than most.
 
-Of workers that wait for each other, the slowest decides: what a tail costs grows with their number (Anil et al. 2018,
-figure 1b).
+An update takes longer for each teacher that runs in it. Of workers that wait for each other, the slowest decides: what a
+tail costs grows with their number (Anil et al. 2018, figure 1b).
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ class StepTimes:
         self._config, self._seed, self._num_workers = config, seed, num_workers
         self._random: dict[str, random.Random] = {}
 
-    def __call__(self, site: str) -> float:
-        """The duration of the next update of `site`."""
+    def __call__(self, site: str, *, num_teachers: int = 0) -> float:
+        """The duration of the next update of `site`, with the forward passes of so many teachers in it."""
+        return self._draw_s(site) * (1 + self._config.teacher_time_ratio * num_teachers)
+
+    def _draw_s(self, site: str) -> float:
         least_s, spread = self._config.step_time_s, self._config.step_time_spread
         if self._config.step_time_tail == "none":
             return least_s
