@@ -18,7 +18,8 @@ demo: $(READY) ## two sites codistil on real text, live; ends with a table and a
 	$(BIN)/p2pcodistill simulate simulations/pair.toml $(ARGS)
 
 test: $(READY) ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/integration $(ARGS)
+	$(BIN)/python -m pytest tests/integration $(ARGS)
 
 fuzz: $(READY) ## a million mutated frames (ARGS="--num 50000 --seed 7" for others)
 	$(BIN)/python tests/fuzz_frames.py $(ARGS)

@@ -39,7 +39,7 @@ SHORT: dict[str, Any] = merged(
     },
 )
 VIRTUAL: dict[str, Any] = {
-    "virtual": {"step_time_s": 1.0},
+    "virtual": {"step_time_s": 1.0, "teacher_time_ratio": 0.0},
     "training": {"checkpoint_interval_steps": 10},
     "codistillation": {"burn_in_steps": 5, "exchange_interval_steps": 10},
 }

@@ -85,7 +85,7 @@ def test_two_machines_with_one_identity_beside_ruined_weights_and_a_black_hole(t
         {"kind": "impostor", "sites": ["tokyo"], "at_step": 300},
         {"kind": "corrupt", "sites": ["accra"], "at_step": 300},
         {"kind": "black-hole", "sites": ["lima"], "from_sites": ["accra"], "at_step": 500},
-        {"kind": "heal", "sites": ["lima"], "at_step": 700},
+        {"kind": "heal", "sites": ["lima"], "at_step": 2000},
     ]
     run = FaultRun(
         tmp_path, "two-machines", num_steps=300, num_more_steps=600, mode="processes", faults=faults
