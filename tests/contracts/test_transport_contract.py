@@ -175,7 +175,9 @@ async def test_bulk_that_piles_up_is_refused_and_delays_no_control(sites: Sites)
             bulk.append(int(event.payload[0]))
     assert bulk == list(range(num_bulk)), "what was accepted arrives, in order"
     assert num_bulk > 1
-    assert lanes.index(Lane.CONTROL) < num_bulk, "sent last, it overtakes: by how much depends on what the cores do"
+    assert lanes.index(Lane.CONTROL) < num_bulk, (
+        "sent last, it overtakes: by how much depends on what the cores do"
+    )
     await close(a, b)
 
 
