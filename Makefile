@@ -12,14 +12,17 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 ARGS ?=
 
-.PHONY: demo test fuzz soak check bench bench-peers clean help
+.PHONY: demo reproduce test fuzz soak check bench bench-peers clean help
 
 demo: $(READY) ## two sites codistil on real text, live; ends with a table and a report
 	$(BIN)/p2pcodistill simulate simulations/pair.toml $(ARGS)
 
+reproduce: $(READY) ## every claim's scenario, some four hours on two cores; goes on where it was stopped (ARGS="two_phase" for one)
+	$(BIN)/python simulations/reproduce.py $(ARGS)
+
 test: $(READY) ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/integration $(ARGS)
-	$(BIN)/python -m pytest tests/integration $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/integration $(ARGS)
 
 fuzz: $(READY) ## a million mutated frames (ARGS="--num 50000 --seed 7" for others)
 	$(BIN)/python tests/fuzz_frames.py $(ARGS)

@@ -12,6 +12,7 @@ BENCHMARKS = (
     "idle",
     "exchange_overhead",
     "virtual_1000",
+    "virtual_steps",
     "faults",
     "codec_speed",
     "exchange_100m",

@@ -3,7 +3,8 @@
 `keyframe_encode_ratio`, `keyframe_decode_ratio`: seconds of the bare compressor (Blosc2 on the raw fp16 bytes, in the same
 pieces, with the same settings) / of our whole path, in memory. Encoding: check, cast, checksum, compress, hash; decoding:
 hash each chunk, decompress, check for NaN, checksum. Both take turns, and the median of the pairs' ratios counts.
-`delta_encode_mb_s`, `delta_decode_mb_s`: MB of fp16 a second of ternary delta frames, the reference's update included.
+`delta_encode_mb_s`, `delta_decode_mb_s`: MB of fp16 a second of ternary delta frames, the reference's update included;
+beside them, in turns and on the same weights, the codec of `straightforward`, and how many times as fast ours is.
 `codec_extra_memory_ratio`: the highest resident memory while a frame is made or read, beside model, reference and the file
 that is mapped, as a share of the fp16 model; each in a process of its own.
 
@@ -14,6 +15,7 @@ by another factor, or the compressor would find the last one again.
 from __future__ import annotations
 
 import io
+import itertools
 import statistics
 import subprocess
 import sys
@@ -26,6 +28,7 @@ import blosc2
 import numpy as np
 import torch
 
+from benchmarks import straightforward
 from benchmarks.figure import print_figure
 from benchmarks.training import Run, train_checkpoints
 from p2pcodistill.checkpoint.coding import BLOCK_BYTES, MAX_RAW_BYTES
@@ -159,29 +162,40 @@ def _encode(snapshot: Snapshot, sink: io.BytesIO) -> None:
 
 
 def print_delta_rates(checkpoints: list[Snapshot]) -> None:
-    """Ternary delta frames of consecutive checkpoints."""
+    """Ternary delta frames of consecutive checkpoints, by our codec and by the straightforward one."""
     encoder = FrameEncoder(FramesConfig(delta="ternary"))
     reference: Reference | None = None
-    encode_s, decode_s, sizes = [], [], []
+    plain_sender = straightforward.flatten(tile(checkpoints[0])).half()
+    plain_receiver = plain_sender.clone()
+    turns, sizes = [], []
     for checkpoint in checkpoints:
         snapshot, sink = tile(checkpoint), io.BytesIO()
+        flat = straightforward.flatten(snapshot)
         start_s = time.perf_counter()
         frame = encoder.encode(snapshot, sink)
         encoded_s = time.perf_counter()
+        plain_frame = straightforward.encode(flat, plain_sender)
+        plain_encoded_s = time.perf_counter()
         reference = decode_frame(sink.getbuffer(), reference, max_bytes=MAX_BYTES)
-        decode_s.append(time.perf_counter() - encoded_s)
-        encode_s.append(encoded_s - start_s)
+        decoded_s = time.perf_counter()
+        straightforward.decode(plain_frame, plain_receiver)
+        marks_s = [start_s, encoded_s, plain_encoded_s, decoded_s, time.perf_counter()]
+        turns.append([end_s - begin_s for begin_s, end_s in itertools.pairwise(marks_s)])
         sizes.append(frame.num_bytes)
+    assert torch.equal(plain_sender, plain_receiver), "it is a codec"
+    encode_s, plain_encode_s, decode_s, plain_decode_s = zip(*turns[2:], strict=True)
+    num_plain_mb = plain_sender.nbytes / 1e6
     num_mb = frame.num_fp16_bytes / 1e6
     on = (
         f"demo's model tiled to {num_mb / 2:.0f} M parameters, ternary, {len(checkpoints) - 2} checkpoints "
         f"{checkpoints[1].step - checkpoints[0].step} steps apart, median, one thread"
     )
-    for name, seconds, bound in (
-        ("delta_encode_mb_s", encode_s[2:], MIN_ENCODE_MB_S),
-        ("delta_decode_mb_s", decode_s[2:], MIN_DECODE_MB_S),
+    for name, seconds, plain_s, bound in (
+        ("delta_encode_mb_s", encode_s, plain_encode_s, MIN_ENCODE_MB_S),
+        ("delta_decode_mb_s", decode_s, plain_decode_s, MIN_DECODE_MB_S),
     ):
         value = num_mb / statistics.median(seconds)
+        plain_mb_s = num_plain_mb / statistics.median(plain_s)
         print_figure(
             name,
             round(value),
@@ -190,6 +204,8 @@ def print_delta_rates(checkpoints: list[Snapshot]) -> None:
             holds=value >= bound,
             on=on,
             best=round(num_mb / min(seconds)),
+            straightforward_mb_s=round(plain_mb_s),
+            times_as_fast=round(value / plain_mb_s, 2),
             frame_ratio=round(num_mb * 1e6 / statistics.mean(sizes[1:]), 1),
         )
 

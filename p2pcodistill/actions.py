@@ -10,7 +10,7 @@ from p2pcodistill.checkpoint.manifest import Version
 from p2pcodistill.checkpoint.store import FrameStore, StoredFrame
 from p2pcodistill.codistill.freshness import AgeClock
 from p2pcodistill.errors import OversizedError, RefusedError
-from p2pcodistill.gossip import protocol as gossip
+from p2pcodistill.gossip import events as gossip
 from p2pcodistill.group.link import NodeLink
 from p2pcodistill.group.link_messages import (
     ChainBroken,

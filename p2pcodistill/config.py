@@ -116,6 +116,8 @@ class TrainingConfig(StrictModel):
     """Seeds initialisation and example order, together with the site's name: sites differ under one seed."""
     initialisation_seed: NonNegativeInt | None = None
     """Seeds initialisation alone: sites that share it start from the same model; none: `seed` does."""
+    order_seed: NonNegativeInt | None = None
+    """Seeds example order alone, with the site's name, so that retrains differ in initialisation only; none: `seed` does."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast of forward passes. `auto`: bfloat16 where the processor computes it natively, else float32."""
     evaluation_interval_steps: PositiveInt = 50
@@ -138,14 +140,23 @@ class TrainingConfig(StrictModel):
         return self
 
     def of_site(self, name: str) -> TrainingConfig:
-        """The same for one site: its seed is made of the run's and of the site's name.
+        """The same for one site: its seeds are made of the run's and of the site's name, where sites do not share one.
 
         Codistillation needs sites that start from different models (Anil et al. 2018, section 2).
         """
-        text = f"p2pcodistill-seed/{self.seed}/{name}"
-        # 31 bits; hashed, because ranks count up from it.
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
-        return self.model_copy(update={"seed": seed})
+        if self.order_seed is None:
+            return self.model_copy(update={"seed": _site_seed(self.seed, name)})
+        # Tasks know one seed, that of the order.
+        update = {"seed": _site_seed(self.order_seed, name), "order_seed": None}
+        if self.initialisation_seed is None:
+            update["initialisation_seed"] = _site_seed(self.seed, name)
+        return self.model_copy(update=update)
+
+
+def _site_seed(seed: int, name: str) -> int:
+    text = f"p2pcodistill-seed/{seed}/{name}"
+    # 31 bits; hashed, because ranks count up from it.
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
 class GroupConfig(StrictModel):

@@ -25,7 +25,9 @@ from p2pcodistill.actions import Performer
 from p2pcodistill.checkpoint.store import FrameStore
 from p2pcodistill.config import GroupSpec, NodeConfig
 from p2pcodistill.errors import MalformedError, RunFolderError, UserError
-from p2pcodistill.gossip import protocol as gossip
+from p2pcodistill.gossip import events as gossip
+from p2pcodistill.gossip.membership import members_digest
+from p2pcodistill.gossip.protocol import Gossip
 from p2pcodistill.group.lifeline import adopt_orphans
 from p2pcodistill.group.link import NodeLink
 from p2pcodistill.group.link_messages import (
@@ -92,13 +94,13 @@ class Node:
         self._store = FrameStore(self._folder.store, site=config.name, keys=plan.keys)
         self._events = EventLog(self._folder.events, *([subscriber] if subscriber else []))
         self._link = NodeLink(self._folder.link_pointer)
-        self._gossip = gossip.Gossip(
+        self._gossip = Gossip(
             site=config.name,
             run=config.run,
             members=plan.keys,
             teachers=plan.teachers,
             students=plan.students,
-            members_digest=gossip.members_digest(plan.keys),
+            members_digest=members_digest(plan.keys),
             topology_digest=plan.topology.digest,
             incarnation=self._store.incarnation,
             held={name: chain[-1].version for name in plan.teachers if (chain := self._store.chain(name))},
@@ -111,6 +113,7 @@ class Node:
                 for name in plan.teachers
             },
             relay=config.relay,
+            sign=plan.identity.sign,
         )
         self._gossip_lock = asyncio.Lock()
         self._refusals = RefusalLog(self._report_refusal, REFUSAL_INTERVAL_S)

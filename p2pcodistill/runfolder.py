@@ -20,11 +20,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from p2pcodistill.errors import RunFolderError
 
+CONFIG_FILE = "config.json"
+EVENTS_FILE = "events.jsonl"
 PREDICTIONS_FILE = "predictions.safetensors"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -32,6 +35,22 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def is_full_disk(error: OSError) -> bool:
     """Whether there is no room left, on the disk or in what may be used of it."""
     return error.errno in _NO_ROOM
+
+
+def lock_folder(path: Path, user: str) -> IO[bytes]:
+    """Keep others out of the folder `path` until what is returned is closed, or this process ends.
+
+    `user` says who uses it. Raises RunFolderError when somebody else does, OSError when the folder cannot be written.
+    """
+    lock = (path / "lock").open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise RunFolderError(
+            f"another {user} is running in {path}: stop it first, or choose another run folder"
+        ) from None
+    return lock
 
 
 class RunFolder:
@@ -46,16 +65,9 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / "lock").open("ab")
+            self._lock = lock_folder(path, "node")
         except OSError as error:
             raise RunFolderError(f"cannot use the run folder {path}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise RunFolderError(
-                f"another node is running in {path}: stop it first, or choose another run folder"
-            ) from None
         try:
             self._check_description(description)
             for folder in (self.outbox, self.training):
@@ -67,7 +79,7 @@ class RunFolder:
     @property
     def events(self) -> Path:
         """The event log."""
-        return self.path / "events.jsonl"
+        return self.path / EVENTS_FILE
 
     @property
     def group_log(self) -> Path:
@@ -114,15 +126,15 @@ class RunFolder:
         self._lock.close()
 
     def _check_description(self, description: dict[str, Any]) -> None:
-        file = self.path / "config.json"
-        ours = _flatten(json.loads(json.dumps(description)))
+        file = self.path / CONFIG_FILE
+        ours = flatten(json.loads(json.dumps(description)))
         if not file.exists():
             staged = file.with_suffix(".tmp")
             staged.write_text(json.dumps(description, indent=2) + "\n")
             staged.replace(file)
             return
         try:
-            theirs = _flatten(json.loads(file.read_text()))
+            theirs = flatten(json.loads(file.read_text()))
         except (OSError, ValueError, AttributeError):
             raise RunFolderError(
                 f"{file} is damaged: choose another run folder, this one is not touched"
@@ -135,8 +147,9 @@ class RunFolder:
                 )
 
 
-def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested table by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -15,7 +15,8 @@ from typing import TypeAlias
 
 from p2pcodistill.checkpoint.store import FrameStore
 from p2pcodistill.errors import OversizedError
-from p2pcodistill.gossip.messages import Chunk, Gone, encode_message, lane_of
+from p2pcodistill.gossip.codec import encode_message
+from p2pcodistill.gossip.messages import Chunk, Gone, lane_of
 from p2pcodistill.transport.base import Transport
 from p2pcodistill.transport.refusals import RefusalLog
 from p2pcodistill.transport.shaper import Shaper, UploadCaps

@@ -4,11 +4,14 @@ import os
 
 import pytest
 import zmq
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# The many processes that tests start need not compile the package again, each of them.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-settings.register_profile("p2pcodistill", deadline=None)
+# A busy machine is no fault of a test's data.
+settings.register_profile("p2pcodistill", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("p2pcodistill")
 
 

@@ -41,6 +41,7 @@ from p2pcodistill.checkpoint.decoder import decode_frame, read_codes
 from p2pcodistill.checkpoint.manifest import Manifest, Version
 from p2pcodistill.checkpoint.reference import Reference, raw_bytes
 from p2pcodistill.errors import RefusedError
+from p2pcodistill.gossip.codec import decode_message, encode_message
 from p2pcodistill.gossip.messages import (
     Announce,
     CatchUp,
@@ -50,8 +51,6 @@ from p2pcodistill.gossip.messages import (
     Hello,
     Refusal,
     Want,
-    decode_message,
-    encode_message,
 )
 
 MAX_BYTES = 4 << 20  # of what a frame decodes to
@@ -473,8 +472,8 @@ def try_manifest(rng: random.Random) -> str:
 
 
 MESSAGES = [Hello(2, "run", bytes(32), bytes(32), 3, 2), Announce(b"body", bytes(64), 3), Want("ab" * 32, (1, 2, 70000)),
-            Chunk("cd" * 32, 7, bytes(100)), Gone("ef" * 32), Finished(), Refusal("replayed", "it is old"),
-            CatchUp(Version(3, 40)), CatchUp(None)]  # fmt: skip
+            Chunk("cd" * 32, 7, bytes(100)), Gone("ef" * 32), Finished("berlin", 3, bytes(64)),
+            Refusal("replayed", "it is old"), CatchUp(Version(3, 40)), CatchUp(None)]  # fmt: skip
 
 
 def try_message(rng: random.Random) -> str:

@@ -35,10 +35,9 @@ async def soak(num_kills: int, minutes: float, seed: int) -> None:
                     kills = await survive_kills(sites, num_kills, seed=seed, tell=tell)
                     print(f"survived: {dict(kills)}")
                 elif name == "exchanges" and minutes:
-                    count = await exchange_for_long(
-                        sites, 60 * minutes, exchanges_per_s=EXCHANGES_PER_S, tell=tell
-                    )
-                    print(f"level after {count} exchanges in {minutes:g} minutes")
+                    num_exchanges = round(60 * minutes * EXCHANGES_PER_S)
+                    await exchange_for_long(sites, num_exchanges, exchanges_per_s=EXCHANGES_PER_S, tell=tell)
+                    print(f"level after {num_exchanges} exchanges")
             finally:
                 leftover = await sites.clean()
             assert leftover == [], f"processes outlived their node: {leftover}"

@@ -5,12 +5,13 @@ import errno
 import threading
 
 import pytest
+from patience import GENEROUS_S
 
 from p2pcodistill import actions
 from p2pcodistill.actions import Performer
 from p2pcodistill.checkpoint.manifest import Manifest, Version, digest_chunks, sign_manifest
 from p2pcodistill.checkpoint.store import FrameStore
-from p2pcodistill.gossip import protocol as gossip
+from p2pcodistill.gossip import events as gossip
 from p2pcodistill.group.link_messages import ChainBroken, FrameOffered, KeyframeWanted, VersionKnown
 from p2pcodistill.identity import Identity
 from p2pcodistill.telemetry.log import EventLog
@@ -153,7 +154,7 @@ async def test_what_arrives_is_flushed_while_the_rest_is_on_its_way(site, monkey
     await site.fetch(50)
     assert flushed.empty()
     signed, _ = await site.fetch(100)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(GENEROUS_S):
         assert await flushed.get() == signed.frame_id
     assert flushed.empty()
 

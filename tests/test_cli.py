@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import tomli_w
+from patience import GENEROUS_S
 
 from p2pcodistill.cli import main
 from p2pcodistill.identity import Identity, PublicIdentity
@@ -18,7 +19,7 @@ def run(*arguments, cwd=None):
         capture_output=True,
         text=True,
         cwd=cwd,
-        timeout=60,
+        timeout=GENEROUS_S,
     )
 
 
@@ -54,6 +55,8 @@ def test_help_and_version_are_for_strangers(capsys):
         ["frame", "inspect"],
         ["frame", "decode"],
         ["topology"],
+        ["report"],
+        ["vocabulary", "train"],
     )
     for arguments in ([*command, "--help"] for command in commands):
         with pytest.raises(SystemExit) as stop:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pcodistill.config import NodeConfig, parse_peer
+from p2pcodistill.config import NodeConfig, TrainingConfig, parse_peer
 from p2pcodistill.errors import ConfigError, UserError
 from p2pcodistill.identity import Identity
 from p2pcodistill.strict import MAX_CONFIG_FILE_BYTES, load_toml, override, parse_model
@@ -27,6 +27,19 @@ def test_a_minimal_file_has_the_documented_defaults():
         0,
     )
     assert (config.frames.delta, config.frames.keyframe) == ("adaptive", "fp16")
+
+
+def test_order_and_initialisation_can_have_seeds_of_their_own():
+    def of(site="berlin", **training):
+        own = TrainingConfig(**training).of_site(site)
+        assert own.order_seed is None
+        return own.seed, own.seed if own.initialisation_seed is None else own.initialisation_seed
+
+    plain, other = of(seed=1), of(seed=2)
+    assert len({*plain, *other, *of("tokyo", seed=1)}) == 3
+    assert of(seed=1, order_seed=2) == (other[0], plain[1]), "the start of the one, the order of the other"
+    assert of(seed=1, order_seed=1) == plain
+    assert of(seed=1, order_seed=2, initialisation_seed=7) == (other[0], 7)
 
 
 @pytest.mark.parametrize(

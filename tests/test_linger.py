@@ -4,11 +4,10 @@ import asyncio
 import contextlib
 
 import pytest
+from patience import GENEROUS_S
 
 from p2pcodistill import linger as lingering
 from p2pcodistill.linger import linger
-
-GENEROUS_S = 30.0
 
 
 class Neighbours:

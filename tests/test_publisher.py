@@ -5,6 +5,7 @@ import contextlib
 import errno
 
 import pytest
+from patience import GENEROUS_S
 
 from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES, Version
 from p2pcodistill.checkpoint.store import FrameStore
@@ -69,7 +70,7 @@ class Desk:
     async def publish(self, *ready):
         for frame in ready:
             self.publisher.submit(frame)
-        await asyncio.wait_for(self.publisher.drained(), 30)
+        await asyncio.wait_for(self.publisher.drained(), GENEROUS_S)
 
     def names(self, event):
         return [record for record in self.records if record["event"] == event]
@@ -185,7 +186,7 @@ async def test_a_full_disk_stops_the_publisher_and_is_not_answered(tmp_path, mon
     monkeypatch.setattr(desk.store, "adopt", adopt)
     desk.publisher.submit(desk.ready(50))
     with pytest.raises(OSError, match="No space left"):
-        await asyncio.wait_for(desk.publisher.run(), 30)
+        await asyncio.wait_for(desk.publisher.run(), GENEROUS_S)
     assert desk.answers == []
     desk.store.close()
     desk.events.close()

@@ -5,10 +5,12 @@ import contextlib
 import os
 
 import pytest
+from patience import GENEROUS_S
 
 from p2pcodistill.checkpoint.manifest import Manifest, Version, digest_chunks, sign_manifest
 from p2pcodistill.checkpoint.store import FrameStore
-from p2pcodistill.gossip.messages import Chunk, Gone, Lane, decode_message
+from p2pcodistill.gossip.codec import decode_message
+from p2pcodistill.gossip.messages import Chunk, Gone, Lane
 from p2pcodistill.identity import Identity
 from p2pcodistill.transport.base import Opened, Received
 from p2pcodistill.transport.memory import LinkConditions, MemoryNetwork, MemoryTransport
@@ -19,7 +21,6 @@ from p2pcodistill.uploads import MAX_REQUESTS, Uploads
 BERLIN = Identity.from_secrets(b"\1" * 32, b"\2" * 32)
 CHUNK = 64 << 10
 NUM_CHUNKS = 300
-GENEROUS_S = 30.0
 
 
 class Site:

@@ -184,7 +184,7 @@ class FrameEncoder:
         for entry in entries:
             before = writer.num_bytes
             if entry.name in bundles:
-                self._write_bundle(writer, bundles[entry.name], snapshot, reference, plan, rms)
+                self._write_bundle(writer, bundles[entry.name], snapshot, largest, reference, plan, rms)
             if entry.encoding == encoding:
                 num_coded_bytes += writer.num_bytes - before
             writer.end_tensor(entry.name, entry.dtype, entry.wire_dtype, entry.shape, entry.encoding)
@@ -238,6 +238,7 @@ class FrameEncoder:
         writer: FrameWriter,
         bundle: Bundle,
         snapshot: Snapshot,
+        largest: dict[str, float],
         reference: Reference,
         plan: Plan | None,
         rms: dict[str, float],
@@ -267,10 +268,10 @@ class FrameEncoder:
             for tensor, part in zip(held, joined.split_with_sizes([*map(len, held)]), strict=True):
                 tensor.copy_(part)
         elif plan is not None:
-            runs = [
-                (snapshot.tensors[name].view(-1), reference.tensors[name].view(-1), plan.step * rms[name])
-                for name in names
-            ]
+            runs = []
+            for name in names:
+                weights, moved = snapshot.tensors[name].view(-1), reference.tensors[name].view(-1)
+                runs.append((weights, moved, plan.step * rms[name], largest[name]))
             self._codes.write(writer, runs, plan.alphabet)
 
     def _fits_int8(self, snapshot: Snapshot, name: str) -> bool:

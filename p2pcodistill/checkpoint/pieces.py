@@ -57,20 +57,21 @@ class CodeWriter:
         self._quantizers: dict[torch.device, Quantizer] = {}
 
     def write(
-        self, writer: FrameWriter, tensors: Sequence[tuple[Tensor, Tensor, float]], alphabet: Alphabet
+        self, writer: FrameWriter, tensors: Sequence[tuple[Tensor, Tensor, float, float]], alphabet: Alphabet
     ) -> None:
-        """Of (weights, reference, step), all flat: one tensor's segments, or joined ones as one segment."""
+        """Of (weights, reference, step, the weights' largest magnitude), all flat: one tensor's segments, or joined ones as
+        one segment."""
         segments = [tensors]
         if len(tensors) == 1:
-            ((weights, held, step),) = tensors
+            ((weights, held, step, largest),) = tensors
             slices = [
                 slice(start, start + SEGMENT_ELEMENTS) for start in range(0, len(weights), SEGMENT_ELEMENTS)
             ]
-            segments = [[(weights[part], held[part], step)] for part in slices]
+            segments = [[(weights[part], held[part], step, largest)] for part in slices]
         for parts in segments:
             coded = [
-                self._quantizer(weights.device).encode(weights, held, alphabet, step)
-                for weights, held, step in parts
+                self._quantizer(weights.device).encode(weights, held, alphabet, step, largest=largest)
+                for weights, held, step, largest in parts
             ]
             scales, symbols = (join_flat(arrays) for arrays in zip(*coded, strict=True))
             mask, others = split_zeros(symbols.cpu().numpy(), alphabet.zero_symbol)

@@ -13,6 +13,7 @@ Work is done in chunks that stay in the processor's cache: it is memory that lim
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,8 @@ BLOCK_ELEMENTS = 1024
 """Elements that share a scale."""
 SEGMENT_ELEMENTS = 1 << 22
 """Elements of a tensor that are encoded into one piece of scales and one of codes: what bounds the memory used."""
-CHUNK_ELEMENTS = 1 << 17
+CHUNK_ELEMENTS = 1 << 16
+_DEVICE_CHUNK_ELEMENTS = 1 << 17  # on an accelerator it is the number of calls that counts
 DEAD_ZONE = 0.6
 """Of codes with several levels, in steps: below half a step more is lost in bits than is won in precision."""
 INT8_LEVELS = 127
@@ -80,107 +82,147 @@ def num_blocks(num_elements: int) -> int:
     return -(-num_elements // BLOCK_ELEMENTS)
 
 
+class _Buffers:
+    """What a chunk needs, cut to its size and seen in every way in which it is used: to make a view costs as much as
+    working on some thousand numbers does. There are few, so that all stay in the cache: what is worked out takes the place
+    of what it was made of."""
+
+    def __init__(self, num_elements: int, device: torch.device) -> None:
+        num_padded = num_blocks(num_elements) * BLOCK_ELEMENTS
+        # What the last block is filled up with is zero, and stays it.
+        self.base, self.delta, self.codes = (torch.zeros(num_padded, device=device) for _ in range(3))
+        self.base_blocks, self.delta_blocks, self.code_blocks = (
+            buffer.view(-1, BLOCK_ELEMENTS) for buffer in (self.base, self.delta, self.codes)
+        )
+        self.int8 = torch.zeros(num_padded, dtype=torch.int8, device=device)
+        self.scales = torch.zeros(len(self.base_blocks), device=device)
+        self.scale_column = self.scales[:, None]
+        self.held, self.moved = self.base[:num_elements], self.delta[:num_elements]
+        self.narrow: dict[torch.dtype, Tensor] = {}
+
+    def round(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """The chunk's weights in `dtype`."""
+        if dtype not in self.narrow:
+            self.narrow[dtype] = torch.empty(len(weights), dtype=dtype, device=weights.device)
+        return self.narrow[dtype].copy_(weights)
+
+
 class Quantizer:
     """Codes segments of tensors. It owns the buffers that a chunk needs, so that nothing is allocated on the way."""
 
     def __init__(self, device: torch.device) -> None:
-        def buffer(dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(CHUNK_ELEMENTS, dtype=dtype, device=device)
-
-        # Few, so that all of them stay in the cache: what is worked out takes the place of what it was made of.
-        self._base, self._delta, self._codes = buffer(), buffer(), buffer()
-        self._int8 = buffer(torch.int8)
-        self._narrow: dict[torch.dtype, Tensor] = {}
+        self._device = device
+        self._chunk_elements = CHUNK_ELEMENTS if device.type == "cpu" else _DEVICE_CHUNK_ELEMENTS
+        self._chunk_blocks = self._chunk_elements // BLOCK_ELEMENTS
+        self._whole: _Buffers | None = None
 
     def encode(
-        self, weights: Tensor, reference: Tensor, alphabet: Alphabet, step: float
+        self,
+        weights: Tensor,
+        reference: Tensor,
+        alphabet: Alphabet,
+        step: float,
+        *,
+        largest: float = math.inf,
     ) -> tuple[Tensor, Tensor]:
         """Codes of `weights` - `reference` (flat, of one segment), by which `reference` is moved in place.
 
-        `step` is the dead zone's threshold for ternary codes, else the distance of two levels. Returns the bf16 scales, one
-        a block, and the uint8 symbols; the last block is filled up with zeros.
+        `step` is the dead zone's threshold for ternary codes, else the distance of two levels. What only rounding to the
+        reference's dtype takes away has not moved: where the dead zone does not see to that, given that no weight is beyond
+        `largest`, weights are rounded first. Returns the bf16 scales, one a block, and the uint8 symbols; the last block is
+        filled up with zeros.
         """
-        num_elements = weights.numel()
-        num_scales = num_blocks(num_elements)
+        num_scales = num_blocks(weights.numel())
         scales = torch.empty(num_scales, dtype=torch.bfloat16, device=weights.device)
         symbols = torch.empty((num_scales, alphabet.block_symbols), dtype=torch.uint8, device=weights.device)
-        quantize = self._ternary if alphabet.num_levels == 1 else self._uniform
-        for start in range(0, num_elements, CHUNK_ELEMENTS):
-            size = min(CHUNK_ELEMENTS, num_elements - start)
-            held = reference[start : start + size]
-            blocks = slice(start // BLOCK_ELEMENTS, (start + CHUNK_ELEMENTS) // BLOCK_ELEMENTS)
-            num_padded = self._load(held)
-            delta = self._delta[:num_padded]
-            delta[size:] = 0
-            delta[:size].copy_(self._round(weights[start : start + size], reference.dtype))
-            delta.sub_(self._base[:num_padded])
-            quantize(delta, alphabet, step, scales[blocks])
-            self._move(held, scales[blocks])
-            _pack(self._int8[:num_padded], alphabet, symbols[blocks].view(-1))
+        threshold = step if alphabet.num_levels == 1 else step / 2
+        is_hidden = threshold >= _rounding_error(reference.dtype, largest)
+        is_rounding = weights.dtype != reference.dtype and not is_hidden
+        quantize = _quantize_ternary if alphabet.num_levels == 1 else _quantize_uniform
+        for target, held, chunk_scales, chunk_symbols in zip(
+            torch.split(weights, self._chunk_elements),
+            torch.split(reference, self._chunk_elements),
+            torch.split(scales, self._chunk_blocks),
+            torch.split(symbols, self._chunk_blocks),
+            strict=True,
+        ):
+            buffers = self._buffers(len(held))
+            if is_rounding:
+                target = buffers.round(target, held.dtype)
+            buffers.held.copy_(held)
+            if target.dtype == torch.float32:
+                torch.sub(target, buffers.held, out=buffers.moved)
+            else:
+                buffers.moved.copy_(target).sub_(buffers.held)
+            quantize(buffers, alphabet, step, chunk_scales)
+            _move(buffers, chunk_scales, held)
+            _pack(buffers.int8, alphabet, chunk_symbols.view(-1))
         return scales, symbols.view(-1)
 
     def decode(self, symbols: Tensor, scales: Tensor, reference: Tensor, alphabet: Alphabet) -> None:
         """The inverse of `encode`: moves `reference` (flat, of one segment) in place. Raises MalformedError."""
         if len(symbols) and int(symbols.max()) >= alphabet.num_symbols:
             raise MalformedError("a frame holds a code that its alphabet does not have")
-        rows = symbols.view(len(scales), alphabet.block_symbols)
-        for start in range(0, reference.numel(), CHUNK_ELEMENTS):
-            held = reference[start : start + CHUNK_ELEMENTS]
-            blocks = slice(start // BLOCK_ELEMENTS, (start + CHUNK_ELEMENTS) // BLOCK_ELEMENTS)
-            num_padded = self._load(held)
-            _unpack(rows[blocks].view(-1), alphabet, self._codes[:num_padded])
-            self._move(held, scales[blocks])
+        for held, chunk_scales, chunk_symbols in zip(
+            torch.split(reference, self._chunk_elements),
+            torch.split(scales, self._chunk_blocks),
+            torch.split(symbols, self._chunk_blocks * alphabet.block_symbols),
+            strict=True,
+        ):
+            buffers = self._buffers(len(held))
+            buffers.held.copy_(held)
+            _unpack(chunk_symbols, alphabet, buffers.codes)
+            _move(buffers, chunk_scales, held)
 
-    def _round(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
-        """A chunk of the weights as the reference could hold it: what differs by less has not moved."""
-        if weights.dtype == dtype:
-            return weights
-        if dtype not in self._narrow:
-            self._narrow[dtype] = torch.empty(CHUNK_ELEMENTS, dtype=dtype, device=weights.device)
-        return self._narrow[dtype][: len(weights)].copy_(weights)
+    def _buffers(self, num_elements: int) -> _Buffers:
+        """Those of whole chunks are kept."""
+        if num_elements < self._chunk_elements:
+            return _Buffers(num_elements, self._device)
+        if self._whole is None:
+            self._whole = _Buffers(num_elements, self._device)
+        return self._whole
 
-    def _load(self, reference: Tensor) -> int:
-        """Put a chunk of the reference into the buffer as fp32; its length, filled up with zeros to whole blocks."""
-        size = reference.numel()
-        num_padded = num_blocks(size) * BLOCK_ELEMENTS
-        self._base[:size].copy_(reference)
-        self._base[size:num_padded] = 0
-        return num_padded
 
-    def _ternary(self, delta: Tensor, alphabet: Alphabet, threshold: float, scales: Tensor) -> None:
-        """Sign codes of what is above the threshold; a block's scale is the mean of what it keeps."""
-        size = delta.numel()
-        codes, int8 = self._codes[:size], self._int8[:size]
-        torch.ops.aten.hardshrink.out(delta, threshold, out=codes)
-        int8.copy_(codes.sign_())
-        blocks = codes.view(-1, BLOCK_ELEMENTS)
-        sums = torch.linalg.vecdot(delta.view(-1, BLOCK_ELEMENTS), blocks)
-        scales.copy_(sums.div_(torch.linalg.vecdot(blocks, blocks).clamp_(min=1)))
+def _rounding_error(dtype: torch.dtype, largest: float) -> float:
+    """What a number of at most that magnitude loses at most when it is rounded to `dtype`."""
+    limits = torch.finfo(dtype)
+    return max(largest, limits.smallest_normal) * limits.eps / 2
 
-    def _uniform(self, delta: Tensor, alphabet: Alphabet, step: float, scales: Tensor) -> None:
-        """Codes of several levels; what is beyond the last level waits for the next frames, as what is too small does.
 
-        So that it does not wait for long, levels are further apart in a block whose largest difference is far beyond.
-        """
-        codes = self._codes[: len(delta)]
-        blocks = delta.view(-1, BLOCK_ELEMENTS)
-        scales.copy_((blocks.abs().amax(1) / (_MAX_REACHES * alphabet.num_levels)).clamp_(min=step))
-        steps = scales.float().clamp_(min=torch.finfo(torch.float32).tiny)[:, None]
-        blocks.div_(steps)
-        torch.sign(delta, out=codes)
-        codes.mul_(delta.abs_().add_(1 - DEAD_ZONE).floor_().clamp_(max=alphabet.num_levels))
-        codes.add_(0.0)  # no code is -0.0, which would not add to a reference of -0.0 what receivers add
-        scales.mul_(codes.view(-1, BLOCK_ELEMENTS).any(1))
-        self._int8[: len(delta)].copy_(codes)
+def _quantize_ternary(buffers: _Buffers, alphabet: Alphabet, threshold: float, scales: Tensor) -> None:
+    """Sign codes of what is above the threshold; a block's scale is the mean of what it keeps."""
+    torch.ops.aten.hardshrink.out(buffers.delta, threshold, out=buffers.codes)
+    buffers.int8.copy_(buffers.codes.sign_())
+    buffers.delta.mul_(buffers.codes)
+    sums = buffers.delta_blocks.sum(1)
+    torch.mul(buffers.codes, buffers.codes, out=buffers.delta)
+    counts = buffers.delta_blocks.sum(1)
+    scales.copy_(sums.div_(counts.clamp_(min=1)))
 
-    def _move(self, reference: Tensor, scales: Tensor) -> None:
-        """reference <- round(reference + codes * scales); what is beyond the dtype's range stays at its edge."""
-        num_padded = scales.numel() * BLOCK_ELEMENTS
-        moved = self._base[:num_padded]
-        codes = self._codes[:num_padded].view(-1, BLOCK_ELEMENTS)
-        moved.view(-1, BLOCK_ELEMENTS).addcmul_(codes, scales.float()[:, None])
-        largest = _MAX_OF[reference.dtype]
-        reference.copy_(moved.clamp_(-largest, largest)[: reference.numel()])
+
+def _quantize_uniform(buffers: _Buffers, alphabet: Alphabet, step: float, scales: Tensor) -> None:
+    """Codes of several levels; what is beyond the last level waits for the next frames, as what is too small does.
+
+    So that it does not wait for long, levels are further apart in a block whose largest difference is far beyond.
+    """
+    delta, codes, blocks = buffers.delta, buffers.codes, buffers.delta_blocks
+    scales.copy_((blocks.abs().amax(1) / (_MAX_REACHES * alphabet.num_levels)).clamp_(min=step))
+    steps = scales.float().clamp_(min=torch.finfo(torch.float32).tiny)[:, None]
+    blocks.div_(steps)
+    torch.sign(delta, out=codes)
+    codes.mul_(delta.abs_().add_(1 - DEAD_ZONE).floor_().clamp_(max=alphabet.num_levels))
+    codes.add_(0.0)  # no code is -0.0, which would not add to a reference of -0.0 what receivers add
+    scales.mul_(buffers.code_blocks.any(1))
+    buffers.int8.copy_(codes)
+
+
+def _move(buffers: _Buffers, scales: Tensor, reference: Tensor) -> None:
+    """reference <- round(reference + codes * scales); what is beyond the dtype's range stays at its edge."""
+    buffers.scales.copy_(scales)
+    buffers.base_blocks.addcmul_(buffers.code_blocks, buffers.scale_column)
+    largest = _MAX_OF[reference.dtype]
+    buffers.base.clamp_(-largest, largest)
+    reference.copy_(buffers.held)
 
 
 # --- symbols -----------------------------------------------------------------------------------------------
@@ -209,7 +251,7 @@ def _unpack(symbols: Tensor, alphabet: Alphabet, codes: Tensor) -> None:
         # A row of the table is one number to numpy, which looks it up at memory speed.
         table = _TABLES[alphabet.name]
         rows = codes.numpy().view(table.dtype)
-        np.take(table, symbols.numpy().astype(np.intp), out=rows, mode="clip")
+        np.take(table, symbols.numpy(), out=rows, mode="clip")
     else:
         digits = torch.from_numpy(_TABLES[alphabet.name].view(np.float32)).view(-1, alphabet.num_digits)
         codes.copy_(digits.to(symbols.device)[symbols.long()].view(-1))

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from p2pcodistill.checkpoint.manifest import SignedManifest, Version
-from p2pcodistill.gossip.messages import Lane, Message, Payload, encode_message, lane_of
+from p2pcodistill.gossip.codec import encode_message
+from p2pcodistill.gossip.messages import Lane, Message, Payload, lane_of
 from p2pcodistill.telemetry.event import Event as TelemetryEvent
 
 # --- events ------------------------------------------------------------------------------------------------

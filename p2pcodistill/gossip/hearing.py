@@ -7,7 +7,7 @@ from collections.abc import Callable
 from p2pcodistill.checkpoint.manifest import claimed_origin
 from p2pcodistill.errors import OversizedError, RefusedError, ReplayedError, SchemaMismatchError
 from p2pcodistill.gossip.announce import Accepted, Announcements
-from p2pcodistill.gossip.events import Action, PinSchema, RaiseIncarnation, Report, send
+from p2pcodistill.gossip.events import Action, PinSchema, Report, send
 from p2pcodistill.gossip.membership import Membership
 from p2pcodistill.gossip.messages import Announce
 from p2pcodistill.gossip.passing import Passing
@@ -34,13 +34,15 @@ class Hearing:
         passing: Passing,
         refuse: Callable[[str, RefusedError, float], list[Action]],
         is_revoked: Callable[[str], bool],
+        raise_incarnation: Callable[[int], list[Action]],
     ) -> None:
         """`public` is this site's own key; `refuse` is called for what is a peer's own fault; of who `is_revoked` nothing is
-        heard."""
+        heard; `raise_incarnation` is called with the one to publish under from now on."""
         self._site, self._public = site, public
         self._membership, self._announcements, self._publishing = membership, announcements, publishing
         self._transfers, self._sharing, self._passing = transfers, sharing, passing
         self._refuse, self._is_revoked = refuse, is_revoked
+        self._raise_incarnation = raise_incarnation
         self._reminded: dict[str, str] = {}  # what was shown to origins that have lost their memory
 
     def hear(self, peer: str, announce: Announce, now_s: float) -> list[Action]:
@@ -118,8 +120,5 @@ class Hearing:
             f"{peer} knows step {version.step} of incarnation {version.incarnation} of this site, which has no memory "
             "of it: if its store was not lost, another node runs with its identity"
         )
-        self._membership.raise_incarnation(version.incarnation + 1)
-        return [
-            Report(node_events.Refused(None, ReplayedError.reason, why)),
-            RaiseIncarnation(self._membership.incarnation),
-        ]
+        reported = Report(node_events.Refused(None, ReplayedError.reason, why))
+        return [reported, *self._raise_incarnation(version.incarnation + 1)]

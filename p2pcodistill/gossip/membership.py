@@ -44,7 +44,7 @@ class _Session:
 
 
 class Membership:
-    """The sessions of one site, its incarnation, and who has finished training."""
+    """The sessions of one site, and its incarnation."""
 
     def __init__(
         self,
@@ -58,14 +58,10 @@ class Membership:
         self.run = run
         self.members = members
         self.incarnation = incarnation
-        self.has_finished = False
         self._members_digest = members_digest
         self._topology_digest = topology_digest
         self._sessions: dict[str, _Session] = {}
         self._ready: dict[str, None] = {}
-        self._finished_peers: dict[str, None] = {}
-        self._met: dict[str, None] = {}  # the peers that were ever ready
-        self._said_finished: dict[str, None] = {}  # by others
 
     @property
     def ready_peers(self) -> tuple[str, ...]:
@@ -105,7 +101,7 @@ class Membership:
         if differences:
             raise HelloMismatchError("; ".join(differences))
         self._sessions[peer] = _Session(SessionState.READY, hello.known_incarnation_of_you)
-        self._ready[peer] = self._met[peer] = None
+        self._ready[peer] = None
 
     def refuse(self, peer: str, *, by_peer: bool = False) -> None:
         """Fall silent until a new session, or another hello of the side that refused."""
@@ -125,21 +121,6 @@ class Membership:
     def raise_incarnation(self, incarnation: int) -> None:
         """Publish under at least this incarnation from now on."""
         self.incarnation = max(self.incarnation, incarnation)
-
-    def finish(self, peer: str) -> bool:
-        """The peer's training is over; this outlives its sessions. Whether that is new."""
-        is_new = peer not in self._finished_peers
-        self._finished_peers[peer] = None
-        return is_new
-
-    def hear_finished(self, member: str) -> None:
-        """A relay says that the training of `member` is over. It may be wrong: of a peer that ever spoke for itself that
-        counts for nothing."""
-        self._said_finished[member] = None
-
-    def is_finished(self, peer: str) -> bool:
-        """Whether the peer said, in any session, that its training is over; or others do, and there never was a session."""
-        return peer in self._finished_peers or (peer in self._said_finished and peer not in self._met)
 
     def _differences(self, peer: str, hello: Hello) -> list[str]:
         if hello.protocol_version != PROTOCOL_VERSION:

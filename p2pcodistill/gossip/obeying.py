@@ -5,6 +5,7 @@ from __future__ import annotations
 from p2pcodistill.errors import ChecksumError, MalformedError
 from p2pcodistill.gossip.announce import Announcements
 from p2pcodistill.gossip.events import Action, ServeChunk, StoreChunk, send
+from p2pcodistill.gossip.finishing import Finishing
 from p2pcodistill.gossip.health import Health
 from p2pcodistill.gossip.hearing import Hearing
 from p2pcodistill.gossip.membership import MAX_CREDIBLE_INCARNATION, Membership
@@ -41,6 +42,7 @@ class Obeying:
         site: str,
         *,
         membership: Membership,
+        finishing: Finishing,
         sessions: Sessions,
         trust: Trust,
         health: Health,
@@ -52,7 +54,7 @@ class Obeying:
         serving: Serving,
     ) -> None:
         self._site = site
-        self._membership, self._sessions = membership, sessions
+        self._membership, self._finishing, self._sessions = membership, finishing, sessions
         self._trust, self._health = trust, health
         self._announcements, self._hearing, self._transfers = announcements, hearing, transfers
         self._teaching, self._passing, self._serving = teaching, passing, serving
@@ -92,11 +94,9 @@ class Obeying:
                     self._transfers.observe_rtt(peer, rtt_s)
             case Gone(frame_id):
                 self._transfers.lose_source(peer, frame_id)
-            case Finished(member):
-                if member is not None:
-                    return self._hear_finished(peer, member)
-                if self._membership.finish(peer):  # others are told once, however often it says so
-                    return self._passing.finish(peer)
+            case Finished():
+                if self._finishing.hear(peer, message):  # others are told once, however often it is said
+                    return self._passing.finish(peer, message)
             case Refusal(reason, why):
                 return self._sessions.be_refused(peer, reason, why, now_s)
             case Hello():
@@ -119,10 +119,3 @@ class Obeying:
                 f"{peer} claims to know incarnation {follow.known_incarnation} of {origin!r}, which cannot be"
             )
         return self._teaching.follow(peer, follow) if is_own else self._passing.follow(peer, follow)
-
-    def _hear_finished(self, peer: str, member: str) -> list[Action]:
-        """Whoever relays this site to its student, or its teacher to it, may say that that one has finished."""
-        is_relayed_student = member in self._teaching.students and self._teaching.is_followed_by(peer)
-        if is_relayed_student or self._passing.relay_of(member) == peer:
-            self._membership.hear_finished(member)
-        return []

@@ -35,16 +35,17 @@ class Passing:
         transfers: Transfers,
         announcements: Announcements,
         is_ready: Callable[[str], bool],
-        is_finished: Callable[[str], bool],
+        finished: Callable[[str], Finished | None],
         relays: bool,
         relay_after_s: float,
     ) -> None:
+        """`finished` tells what a member has said of the end of its training."""
         self._members = members
         self._teachers = dict.fromkeys(teachers)
         self._sharing = sharing
         self._transfers = transfers
         self._announcements = announcements
-        self._is_ready, self._is_finished = is_ready, is_finished
+        self._is_ready, self._finished = is_ready, finished
         self._relays = relays
         self._relay = Relay()
         self._once_relayed: dict[str, None] = {}
@@ -52,7 +53,6 @@ class Passing:
             str, int
         ] = {}  # of teachers that were asked for a keyframe for others
         self._orphans = Orphans(teachers, relay_after_s=relay_after_s)
-        self._spoken_to: dict[str, None] = {}  # teachers that know, in this session, of followers here
 
     @property
     def relayed_origins(self) -> tuple[str, ...]:
@@ -78,7 +78,6 @@ class Passing:
     def close(self, peer: str, now_s: float) -> list[Action]:
         """The session with `peer` is over: nobody can be told of its frames here, and it follows nobody."""
         self._orphans.close(peer, now_s, is_teacher=peer in self._teachers)
-        self._spoken_to.pop(peer, None)
         self._relay.leave(peer)
         self._sharing.close(peer)
         actions = [*self._sharing.tell_all(peer), *self._turn_away(peer)]
@@ -119,11 +118,6 @@ class Passing:
             return [send(peer, Unfollow(origin))]
         actions: list[Action] = []
         is_new = peer not in self._sharing.followers(origin)
-        if is_taught and origin not in self._spoken_to:
-            # Once: else it would not believe which student of its has finished.
-            self._spoken_to[origin] = None
-            known = self._announcements.known_incarnation(origin)
-            actions.append(send(origin, Follow(origin, request.held, known)))
         if not is_taught:
             if not self._relay.relays(origin):
                 self._once_relayed[origin] = None
@@ -134,16 +128,17 @@ class Passing:
                 known = self._relay.known_incarnation(origin)
                 actions.append(send(origin, Follow(origin, request.held, known)))
         actions += self._sharing.follow(peer, origin, self._announcements.newest(origin))
-        if is_new and self._is_finished(peer):
-            actions.append(send(origin, Finished(peer)))
-        if is_new and self._is_finished(origin):
-            actions.append(send(peer, Finished(origin)))
+        if is_new:
+            both_ways = (origin, self._finished(peer)), (peer, self._finished(origin))
+            actions += [send(to, statement) for to, statement in both_ways if statement is not None]
         return actions
 
-    def finish(self, peer: str) -> list[Action]:
-        """`peer` said that its training is over: so it is told where it cannot say so itself."""
-        followed = [origin for origin in self._sharing.followed_by(peer) if self._is_ready(origin)]
-        return [send(other, Finished(peer)) for other in (*followed, *self._sharing.followers(peer))]
+    def finish(self, peer: str, statement: Finished) -> list[Action]:
+        """`peer` brought news of a member whose training is over: they are passed on where it cannot say so itself."""
+        member = statement.member
+        followed = [origin for origin in self._sharing.followed_by(member) if self._is_ready(origin)]
+        told = dict.fromkeys((*followed, *self._sharing.followers(member)))
+        return [send(other, statement) for other in told if other != peer]
 
     def relay_of(self, teacher: str) -> str | None:
         """Who was asked to relay `teacher`, which cannot be reached, and has not declined."""

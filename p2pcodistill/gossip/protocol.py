@@ -4,34 +4,24 @@ No I/O, no clock, no randomness: the same events at the same times give the same
 from links in memory or from a simulation in virtual time. Nothing that a peer sends raises: what is not acceptable is
 refused, reported and forgotten.
 
-`sessions` says who may speak, and who may not any more, `health` who is alive; `obeying` what follows from messages,
-`hearing` from announcements, `storing` from what happens in the store; `transfer` and `plan` what to fetch, `teaching` what
-students are told, `serving` what they are given, `passing` what is done with the frames of others. This module joins them,
-and is what the rest of the package imports (events and actions included).
+`sessions` says who may speak, and who may not any more, `health` who is alive, `finishing` who needs nothing more; `obeying`
+what follows from messages, `hearing` from announcements, `storing` from what happens in the store; `transfer` and `plan`
+what to fetch, `teaching` what students are told, `serving` what they are given, `passing` what is done with the frames of
+others. This module joins them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
-from p2pcodistill.checkpoint.manifest import (
-    MAX_CHUNK_BYTES,
-    SignedManifest,
-    Version,
-    verify_manifest,
-)
-from p2pcodistill.errors import (
-    FloodedError,
-    MalformedError,
-    RefusedError,
-)
+from p2pcodistill.checkpoint.manifest import MAX_CHUNK_BYTES, SignedManifest, Version, verify_manifest
+from p2pcodistill.errors import FloodedError, MalformedError, RefusedError
 from p2pcodistill.gossip.announce import Announcements, Verify
+from p2pcodistill.gossip.codec import decode_message
 from p2pcodistill.gossip.events import (
     AbandonFrame,
     Action,
-    BeginFetch,
     ChainBroken,
-    CompleteFrame,
     DropChain,
     Event,
     FetchBegun,
@@ -43,34 +33,20 @@ from p2pcodistill.gossip.events import (
     KeyframeUnavailable,
     MemberRestored,
     MemberRevoked,
-    OfferFrame,
     PayloadReceived,
     PeerClosed,
     PeerOpened,
-    PinSchema,
     RaiseIncarnation,
     Report,
-    RequestKeyframe,
-    SendPayload,
-    ServeChunk,
-    StoreChunk,
     Ticked,
     TrainingFinished,
     send,
 )
+from p2pcodistill.gossip.finishing import Finishing
 from p2pcodistill.gossip.health import Health
 from p2pcodistill.gossip.hearing import Hearing
-from p2pcodistill.gossip.membership import (
-    Membership,
-    SessionState,
-    members_digest,
-)
-from p2pcodistill.gossip.messages import (
-    Finished,
-    Hello,
-    Payload,
-    decode_message,
-)
+from p2pcodistill.gossip.membership import Membership, SessionState
+from p2pcodistill.gossip.messages import Hello, Payload
 from p2pcodistill.gossip.obeying import Obeying
 from p2pcodistill.gossip.passing import Passing
 from p2pcodistill.gossip.publishing import Publishing
@@ -84,40 +60,6 @@ from p2pcodistill.gossip.trust import Trust
 from p2pcodistill.gossip.window import LinkEstimate
 from p2pcodistill.identity import PublicIdentity
 from p2pcodistill.telemetry import node_events
-
-__all__ = [
-    "AbandonFrame",
-    "Action",
-    "BeginFetch",
-    "ChainBroken",
-    "CompleteFrame",
-    "DropChain",
-    "Event",
-    "FetchBegun",
-    "FetchRefused",
-    "FrameLost",
-    "FramePublished",
-    "FrameStored",
-    "Gossip",
-    "IncarnationRaised",
-    "KeyframeUnavailable",
-    "MemberRestored",
-    "MemberRevoked",
-    "OfferFrame",
-    "PayloadReceived",
-    "PeerClosed",
-    "PeerOpened",
-    "PinSchema",
-    "RaiseIncarnation",
-    "Report",
-    "RequestKeyframe",
-    "SendPayload",
-    "ServeChunk",
-    "StoreChunk",
-    "Ticked",
-    "TrainingFinished",
-    "members_digest",
-]
 
 DEFAULT_WINDOW_BYTES = 8 * MAX_CHUNK_BYTES
 """What a link of 1 Gbit/s holds at a round trip of a quarter of a second. A window is as large as its link makes it."""
@@ -139,7 +81,8 @@ class Gossip:
     `students_of` names for every member those that may ever learn from it (it is only read, and kept as it is), `chains`
     holds what the store has of other origins, those frames that the origin itself signed: so students of one origin help
     each other. A teacher without a session for `relay_after_s` is asked for through others; whether this site does as much
-    for them, `relay` says. A peer that is silent for `ping_interval_s` is pinged. `verify` makes out every manifest.
+    for them, `relay` says. A peer that is silent for `ping_interval_s` is pinged. `sign` makes the signature of this site's
+    identity, `verify` makes out every manifest.
     """
 
     def __init__(
@@ -157,6 +100,7 @@ class Gossip:
         pinned_schemas: Mapping[str, bytes],
         *,
         max_frame_bytes: int,
+        sign: Callable[[bytes], bytes],
         window_bytes: int = DEFAULT_WINDOW_BYTES,
         stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
         students_of: Mapping[str, Collection[str]] | None = None,
@@ -186,6 +130,9 @@ class Gossip:
             max_frame_bytes=max_frame_bytes,
             verify=verify,
         )
+        self._finishing = Finishing(
+            site, run, members, sign=sign, known_incarnation=self._announcements.known_incarnation
+        )
         sharing = Sharing(site, {} if students_of is None else students_of, chains or {})
         self._transfers = Transfers(
             {teacher: held[teacher] for teacher in teachers if teacher in held},
@@ -201,7 +148,7 @@ class Gossip:
             transfers=self._transfers,
             announcements=self._announcements,
             is_ready=self._membership.is_ready,
-            is_finished=self._membership.is_finished,
+            finished=self._finishing.statement_of,
             relays=relay,
             relay_after_s=relay_after_s,
         )
@@ -213,7 +160,9 @@ class Gossip:
             site,
             [member for member in members if member in is_student],
             membership=self._membership,
+            finishing=self._finishing,
             publishing=self._publishing,
+            raise_incarnation=self._raise_incarnation,
         )
         self._sessions = Sessions(
             self._membership,
@@ -234,6 +183,7 @@ class Gossip:
             passing=self._passing,
             refuse=self._sessions.refuse,
             is_revoked=self._trust.is_revoked,
+            raise_incarnation=self._raise_incarnation,
         )
         self._serving = Serving(window_bytes=window_bytes, download_of=self._transfers.download_of)
         self._serving.hold(site, self._publishing.kept, now_s=0.0)
@@ -251,6 +201,7 @@ class Gossip:
         self._obeying = Obeying(
             site,
             membership=self._membership,
+            finishing=self._finishing,
             sessions=self._sessions,
             trust=self._trust,
             health=self._health,
@@ -274,9 +225,9 @@ class Gossip:
 
     @property
     def students_finished(self) -> bool:
-        """Whether every student said, in any session, that its training is over; of those that are trusted."""
+        """Whether every trusted student has signed that its training is over, and was not launched again since."""
         return all(
-            self._membership.is_finished(student) or self._trust.is_revoked(student)
+            self._finishing.is_finished(student) or self._trust.is_revoked(student)
             for student in self._teaching.students
         )
 
@@ -287,7 +238,7 @@ class Gossip:
         return all(
             self._membership.is_ready(teacher)
             or self._membership.is_ready(self._passing.relay_of(teacher) or "")
-            or self._membership.is_finished(teacher)
+            or self._finishing.is_finished(teacher)
             or self._trust.is_revoked(teacher)
             for teacher in self._teachers
         )
@@ -349,9 +300,7 @@ class Gossip:
             case KeyframeUnavailable():
                 return self._teaching.answer_waiting()
             case TrainingFinished():
-                self._membership.has_finished = True
-                told = [send(peer, Finished()) for peer in self.peers_ready]
-                return [*told, *self._teaching.answer_waiting()]
+                return [*self._say_finished(), *self._teaching.answer_waiting()]
             case IncarnationRaised(incarnation):
                 self._membership.raise_incarnation(incarnation)
             case MemberRevoked(member, why):
@@ -404,10 +353,12 @@ class Gossip:
 
     def _begin(self, peer: str, hello: Hello) -> list[Action]:
         """`peer` became ready."""
+        self._finishing.greet(peer, hello.incarnation)
         self._transfers.open(peer)
         actions = self._teaching.open(peer, hello.known_incarnation_of_you)
-        if self._membership.has_finished:
-            actions.append(send(peer, Finished()))
+        statement = self._finishing.statement_of(self._site)
+        if statement is not None:
+            actions.append(send(peer, statement))
         return actions + self._passing.open(peer)
 
     def _end(self, peer: str, now_s: float) -> list[Action]:
@@ -417,3 +368,15 @@ class Gossip:
         self._teaching.close(peer)
         self._serving.close(peer, now_s)
         return self._passing.close(peer, now_s)
+
+    # --- what this site says of itself -------------------------------------------------------------------------------
+
+    def _raise_incarnation(self, incarnation: int) -> list[Action]:
+        """Publish under at least this incarnation from now on."""
+        self._membership.raise_incarnation(incarnation)
+        again = self._say_finished() if self._finishing.has_finished else []
+        return [RaiseIncarnation(self._membership.incarnation), *again]
+
+    def _say_finished(self) -> list[Action]:
+        statement = self._finishing.finish(self._membership.incarnation)
+        return [send(peer, statement) for peer in self.peers_ready]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from p2pcodistill.checkpoint.manifest import SignedManifest
 from p2pcodistill.errors import UnknownPeerError
-from p2pcodistill.gossip.events import Action, RaiseIncarnation, RequestKeyframe, SendPayload, send
+from p2pcodistill.gossip.codec import encode_message
+from p2pcodistill.gossip.events import Action, RequestKeyframe, SendPayload, send
+from p2pcodistill.gossip.finishing import Finishing
 from p2pcodistill.gossip.membership import Membership
 from p2pcodistill.gossip.messages import (
     Announce,
@@ -16,7 +18,6 @@ from p2pcodistill.gossip.messages import (
     NoPath,
     Payload,
     Unfollow,
-    encode_message,
 )
 from p2pcodistill.gossip.publishing import Publishing
 from p2pcodistill.gossip.relay import MAX_FOLLOWERS
@@ -26,10 +27,19 @@ class Teaching:
     """The students of one site, and the peers that follow it to relay its frames to them."""
 
     def __init__(
-        self, site: str, students: Sequence[str], *, membership: Membership, publishing: Publishing
+        self,
+        site: str,
+        students: Sequence[str],
+        *,
+        membership: Membership,
+        finishing: Finishing,
+        publishing: Publishing,
+        raise_incarnation: Callable[[int], list[Action]],
     ) -> None:
+        """`raise_incarnation` is called with the one to publish under from now on."""
         self._site, self._students = site, tuple(students)
-        self._membership, self._publishing = membership, publishing
+        self._membership, self._finishing, self._publishing = membership, finishing, publishing
+        self._raise_incarnation = raise_incarnation
         self._followers: dict[str, None] = {}
         self._encoded: tuple[Announce, Payload] | None = None  # the newest: it goes to everyone
         self._believed: set[str] = set()  # peers that told of a past life of this site
@@ -43,7 +53,7 @@ class Teaching:
 
     def open(self, peer: str, known_incarnation: int) -> list[Action]:
         """`peer` became ready, and has seen this incarnation of this site (0: none)."""
-        actions = self._raise_incarnation(peer, known_incarnation)
+        actions = self._remember(peer, known_incarnation)
         return actions + self._announce_to(peer) if peer in self._students else actions
 
     def close(self, peer: str) -> None:
@@ -60,7 +70,7 @@ class Teaching:
             return []  # it has been told
         self._followers[peer] = None
         self._membership.know(peer, request.known_incarnation)
-        return [*self._raise_incarnation(peer, request.known_incarnation), *self._announce_to(peer)]
+        return [*self._remember(peer, request.known_incarnation), *self._announce_to(peer)]
 
     def unfollow(self, peer: str) -> None:
         """`peer` need not be told any more."""
@@ -69,10 +79,6 @@ class Teaching:
     def is_told(self, peer: str) -> bool:
         """Whether `peer` is told of this site's frames, to learn from them or to relay them."""
         return peer in self._students or peer in self._followers
-
-    def is_followed_by(self, peer: str) -> bool:
-        """Whether `peer` asked for this site's frames on behalf of others."""
-        return peer in self._followers
 
     # --- what is told ------------------------------------------------------------------------------------------------
 
@@ -89,7 +95,7 @@ class Teaching:
         """`peer` asks for a path to this site's newest version. Raises UnknownPeerError, or MalformedError."""
         if not self.is_told(peer):
             raise UnknownPeerError(f"{peer} asked for a path, but is no student of this site")
-        return self._answer(peer, request, at_any_price=self._membership.has_finished)
+        return self._answer(peer, request, at_any_price=self._finishing.has_finished)
 
     def answer_waiting(self) -> list[Action]:
         """Those who wait for a keyframe get what there is."""
@@ -112,15 +118,15 @@ class Teaching:
         path = self._publishing.answer(peer, request, known_incarnation=known, at_any_price=at_any_price)
         if not path and peer not in self._publishing.waiting:
             return [send(peer, NoPath(self._site))]  # it is not behind
-        is_due = self._publishing.take_request() and not self._membership.has_finished
+        is_due = self._publishing.take_request() and not self._finishing.has_finished
         return [*(send(peer, part) for part in path), *([RequestKeyframe()] if is_due else [])]
 
-    def _raise_incarnation(self, peer: str, known_incarnation: int) -> list[Action]:
+    def _remember(self, peer: str, known_incarnation: int) -> list[Action]:
+        """`peer` has seen this incarnation of this site: if it is of a past life, a higher one begins."""
         is_newer = known_incarnation >= self._membership.incarnation
         if not (is_newer and self._publishing.is_from_past_life(known_incarnation)):
             return []
         if peer in self._believed:  # a past life can be remembered only once: this one keeps us busy
             return []
         self._believed.add(peer)
-        self._membership.raise_incarnation(known_incarnation + 1)
-        return [RaiseIncarnation(self._membership.incarnation)]
+        return self._raise_incarnation(known_incarnation + 1)

@@ -27,8 +27,11 @@ def make_optimizer(config: TrainingConfig, model: nn.Module) -> torch.optim.Opti
         case "adagrad":
             return torch.optim.Adagrad(groups, lr=rate)
         case "adam":
-            is_decaying = config.weight_decay or config.weight_decay_changes
-            return torch.optim.AdamW(groups, lr=rate) if is_decaying else torch.optim.Adam(groups, lr=rate)
+            adam = (
+                torch.optim.AdamW if config.weight_decay or config.weight_decay_changes else torch.optim.Adam
+            )
+            # One pass over each parameter, which saves a tenth of a small model's step.
+            return adam(groups, lr=rate, fused=True)
 
 
 def _parameter_groups(config: TrainingConfig, model: nn.Module) -> Iterable[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -57,6 +57,10 @@ class ArmFigures:
     """By seed."""
     predictions: Mapping[int, Mapping[str, Predicted]]
     """By seed and site; of sites that have left some."""
+    training_losses: Mapping[int, float] = field(default_factory=dict)
+    """By seed: on the labels of training batches, mean over the last tenth of the steps and over sites; NaN of none."""
+    is_finished: bool = True
+    """Else no seed has got to the end yet, and the last points are none that can be compared."""
 
     def final(self, of: Callable[[Point], float]) -> dict[int, float]:
         """A figure of the last point, by seed; NaN where there is none."""
@@ -73,16 +77,20 @@ def arm_figures(
 ) -> dict[str, ArmFigures]:
     """The figures of each arm by its name, in the order of `results`.
 
-    `folders` has where the sites of (arm, seed) left their predictions, each in a folder of its name.
+    Seeds that have not finished are left out of an arm that has finished under others. `folders` has where the sites of
+    (arm, seed) left their predictions, each in a folder of its name.
     """
     figures: dict[str, ArmFigures] = {}
     for name in dict.fromkeys(result.name for result in results):
-        own = [result for result in results if result.name == name]
+        started = [result for result in results if result.name == name]
+        own = [result for result in started if result.is_finished] or started
         figures[name] = ArmFigures(
             name,
             own[0].kind,
             {result.seed: _mean_curve(_finished(result)) for result in own},
             {result.seed: _read_predictions(result, folders.get((name, result.seed))) for result in own},
+            {result.seed: _training_loss(_finished(result)) for result in own},
+            own[0].is_finished,
         )
     return figures
 
@@ -91,6 +99,14 @@ def _finished(result: ArmResult) -> list[SiteHistory]:
     """Of the sites that finished; one that a fault took away would end the curve of all."""
     finished = [history for history in result.sites.values() if history.finished]
     return finished or list(result.sites.values())
+
+
+def _training_loss(histories: Sequence[SiteHistory]) -> float:
+    means = []
+    for history in histories:
+        late = [loss for step, loss in history.losses if step > 0.9 * history.num_steps]
+        means.append(math.fsum(late) / len(late) if late else math.nan)
+    return math.fsum(means) / len(means)
 
 
 def _mean_curve(histories: Sequence[SiteHistory]) -> list[Point]:

@@ -21,6 +21,9 @@ MeasureName: TypeAlias = Literal[
     "gap-closed",
     "churn",
     "churn-ratio",
+    "arm-churn",
+    "training-loss",
+    "calibrated-loss",
     "calibration-error",
     "diversity",
     "metric",
@@ -48,6 +51,9 @@ MEASURES: Mapping[MeasureName, MeasureNeeds] = {
     "gap-closed": MeasureNeeds(True, 0.0),
     "churn": MeasureNeeds(False, None, num_seeds=2),
     "churn-ratio": MeasureNeeds(True, 1.0, num_seeds=2),
+    "arm-churn": MeasureNeeds(True, None),
+    "training-loss": MeasureNeeds(False, None),
+    "calibrated-loss": MeasureNeeds(False, None),
     "calibration-error": MeasureNeeds(False, None),
     "diversity": MeasureNeeds(False, None),
     "metric": MeasureNeeds(False, None),
@@ -68,7 +74,9 @@ class ClaimConfig(StrictModel):
     """`final-loss`: the held-out loss in the end, mean over sites. `loss-difference`, `loss-ratio`: to that of `against`.
     `steps-ratio`, `seconds-ratio`, `bytes-ratio`: what it takes to come down to the best loss of `against`, as a share of
     what that took. `gap-closed`: of the gap from `against` to `towards`. `churn`, `churn-ratio`: how far predictions of
-    retrains (seeds) are apart. `calibration-error`: ECE. `diversity`: how far predictions of an arm's sites are apart.
+    retrains (seeds) are apart. `arm-churn`: how far they are from those of `against`, with a change, under the same seed.
+    `training-loss`: on the labels of the last batches. `calibrated-loss`: `final-loss` at the best temperature.
+    `calibration-error`: ECE. `diversity`: how far predictions of an arm's sites are apart.
     `metric`, `metric-difference`: `metric` of the task in the end."""
     against: tuple[str, ...] = ()
     """Arms to compare with, of which the strongest counts: the one whose final loss is lowest."""
@@ -117,6 +125,11 @@ class ClaimConfig(StrictModel):
         return self
 
     @property
+    def arms(self) -> tuple[str, ...]:
+        """All that it speaks of, its own first."""
+        return (self.arm, *self.against, *((self.towards,) if self.towards is not None else ()))
+
+    @property
     def is_judged(self) -> bool:
         """Whether there is a bound to hold the figure against."""
         return self.at_most is not None or self.at_least is not None
@@ -127,13 +140,12 @@ def check_claims(
 ) -> None:
     """Raise ConfigError for claims that no run could settle in which arms have so many models, under so many seeds."""
     for claim in claims:
-        named = [claim.arm, *claim.against, *([claim.towards] if claim.towards is not None else [])]
-        for name in named:
+        for name in claim.arms:
             if name not in num_sites_of_arms:
                 raise ConfigError(
                     f"the claim {claim.text!r} speaks of {name!r}, which is none of the arms {', '.join(num_sites_of_arms)}"
                 )
-        if claim.arm in named[1:]:
+        if claim.arm in claim.arms[1:]:
             raise ConfigError(
                 f"the claim {claim.text!r} compares {claim.arm!r} with itself: remove it from against"
             )

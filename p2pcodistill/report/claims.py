@@ -11,6 +11,10 @@ How each measure is taken, under every seed (see `claim_config` for what a claim
 - `gap-closed`: (against - arm) / (against - towards), of final losses. Undefined where there is no gap.
 - `churn`, `churn-ratio`: of every two seeds, how far the predictions of the same site are apart, mean over sites; the ratio
   is to the baseline's of the same two seeds.
+- `arm-churn`: how far the predictions of the same site are from the baseline's under the same seed, mean over sites.
+- `training-loss`: on the labels of training batches, mean over the last tenth of the steps and over sites.
+- `calibrated-loss`: of each site's final model, logits divided by the temperature that suits the held-out examples best,
+  mean over sites: what is left of `final-loss` when models are no more and no less sure than they are right.
 - `calibration-error`: of each site's final model, mean over sites. `diversity`: of an arm's sites, mean over pairs.
 
 The strongest of several baselines is the one whose final loss, mean over seeds, is lowest: everyone is compared with it.
@@ -22,11 +26,18 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from p2pcodistill.report.arm_figures import ArmFigures, Point
 from p2pcodistill.report.claim_config import ClaimConfig
-from p2pcodistill.report.measures import calibration_error, churn, diversity
+from p2pcodistill.report.measures import (
+    Labels,
+    Probabilities,
+    calibrated_log_loss,
+    calibration_error,
+    churn,
+    diversity,
+)
 from p2pcodistill.report.verdicts import (
     Claim,
     Spread,
@@ -79,6 +90,10 @@ class _Untold(Exception):
     """Why a figure cannot be told."""
 
 
+_Measure: TypeAlias = Callable[[ClaimConfig, Mapping[str, ArmFigures], ArmFigures | None], dict[str, float]]
+"""(claim, arms, baseline) -> figures by seed."""
+
+
 def settle(claims: Sequence[ClaimConfig], arms: Mapping[str, ArmFigures]) -> list[Settled]:
     """What the arms, by their names, say of each claim."""
     return [_settle(claim, arms) for claim in claims]
@@ -87,6 +102,7 @@ def settle(claims: Sequence[ClaimConfig], arms: Mapping[str, ArmFigures]) -> lis
 def _settle(claim: ClaimConfig, arms: Mapping[str, ArmFigures]) -> Settled:
     baseline: ArmFigures | None = None
     try:
+        _require_finished(claim, arms)
         if claim.against:
             baseline = strongest([arms[name] for name in claim.against])
         figures = _FIGURES[claim.measure](claim, arms, baseline)
@@ -98,6 +114,14 @@ def _settle(claim: ClaimConfig, arms: Mapping[str, ArmFigures]) -> Settled:
     if never and verdict == "reproduced":  # what was seen is a bound from below, which draws the mean down
         verdict = "not at this scale"
     return Settled(claim, _name_of(baseline), figures, figure, verdict, never)
+
+
+def _require_finished(claim: ClaimConfig, arms: Mapping[str, ArmFigures]) -> None:
+    for name in claim.arms:
+        if name not in arms or not arms[name].is_finished:
+            raise _Untold(f"{name} has not finished")
+        if arms[name].curves.keys() != arms[claim.arm].curves.keys():
+            raise _Untold(f"{name} has finished under other seeds than {claim.arm}")
 
 
 def _name_of(arm: ArmFigures | None) -> str | None:
@@ -249,16 +273,41 @@ def _churn_ratio(
     return paired_ratios(_churn_of(arms[claim.arm]), theirs)
 
 
-def _calibration_error(
-    claim: ClaimConfig, arms: Mapping[str, ArmFigures], _: ArmFigures | None
+def _arm_churn(
+    claim: ClaimConfig, arms: Mapping[str, ArmFigures], baseline: ArmFigures | None
 ) -> dict[str, float]:
+    assert baseline is not None
     figures = {}
     for seed, predicted in arms[claim.arm].predictions.items():
-        errors = [calibration_error(of.probabilities_NC, of.labels_N) for of in predicted.values()]
-        if not errors:
-            raise _Untold(f"{claim.arm} has left no predictions")
-        figures[str(seed)] = math.fsum(errors) / len(errors)
+        theirs = baseline.predictions.get(seed, {})
+        if not (sites := [site for site in predicted if site in theirs]):
+            raise _Untold(f"{claim.arm} and {baseline.name} have left no predictions of the same site")
+        apart = [churn(predicted[site].probabilities_NC, theirs[site].probabilities_NC) for site in sites]
+        figures[str(seed)] = math.fsum(apart) / len(apart)
     return figures
+
+
+def _training_loss(
+    claim: ClaimConfig, arms: Mapping[str, ArmFigures], _: ArmFigures | None
+) -> dict[str, float]:
+    return _named(dict(arms[claim.arm].training_losses))
+
+
+def _of_predictions(measure: Callable[[Probabilities, Labels], float]) -> _Measure:
+    """A measure of each site's final predictions, mean over sites."""
+
+    def figures_of(
+        claim: ClaimConfig, arms: Mapping[str, ArmFigures], _: ArmFigures | None
+    ) -> dict[str, float]:
+        figures = {}
+        for seed, predicted in arms[claim.arm].predictions.items():
+            values = [measure(of.probabilities_NC, of.labels_N) for of in predicted.values()]
+            if not values:
+                raise _Untold(f"{claim.arm} has left no predictions")
+            figures[str(seed)] = math.fsum(values) / len(values)
+        return figures
+
+    return figures_of
 
 
 def _diversity(claim: ClaimConfig, arms: Mapping[str, ArmFigures], _: ArmFigures | None) -> dict[str, float]:
@@ -290,9 +339,7 @@ def _metric_difference(
     return _named(paired_differences(_metric_of(arms[claim.arm], claim), _metric_of(baseline, claim)))
 
 
-_FIGURES: Mapping[
-    str, Callable[[ClaimConfig, Mapping[str, ArmFigures], ArmFigures | None], dict[str, float]]
-] = {
+_FIGURES: Mapping[str, _Measure] = {
     "final-loss": _final_loss,
     "loss-difference": _loss_difference,
     "loss-ratio": _loss_ratio,
@@ -300,7 +347,10 @@ _FIGURES: Mapping[
     "gap-closed": _gap_closed,
     "churn": _churn,
     "churn-ratio": _churn_ratio,
-    "calibration-error": _calibration_error,
+    "arm-churn": _arm_churn,
+    "training-loss": _training_loss,
+    "calibrated-loss": _of_predictions(calibrated_log_loss),
+    "calibration-error": _of_predictions(calibration_error),
     "diversity": _diversity,
     "metric": _metric,
     "metric-difference": _metric_difference,

@@ -16,15 +16,20 @@ from p2pcodistill.report.claims import Settled, settle, strongest
 from p2pcodistill.report.table import ABSENT, byte_count
 from p2pcodistill.report.verdicts import Spread, paired_differences, spread_of
 
+_MAX_HEADING_CHARS = 24
+
 
 @dataclass(frozen=True, slots=True)
 class ArmRow:
     """An arm over its seeds; None what cannot be told."""
 
     name: str
+    seeds: tuple[int, ...]
+    is_finished: bool
+    """Else `final_loss` is that of the newest evaluation."""
     final_loss: Spread | None
     difference: Spread | None
-    """Of the final loss, minus the baseline's under the same seed."""
+    """Of the final loss, minus the baseline's under the same seed; over the seeds that both have finished."""
     num_steps: int
     seconds: float
     """Mean over seeds."""
@@ -39,8 +44,13 @@ class Comparison:
     arms: Mapping[str, ArmFigures]
     rows: Sequence[ArmRow]
     baseline: str | None
-    """What differences are to: the strongest of the arms that claims compare with."""
+    """What differences are to."""
     settled: Sequence[Settled]
+
+    @property
+    def has_unlike_seeds(self) -> bool:
+        """Whether the arms have not all run under the same seeds."""
+        return len({row.seeds for row in self.rows}) > 1
 
     def to_record(self) -> dict[str, Any]:
         """For `summary.json`."""
@@ -51,14 +61,22 @@ class Comparison:
         }
 
 
-def compare(arms: Mapping[str, ArmFigures], claims: Sequence[ClaimConfig]) -> Comparison:
-    """Settle `claims`, and put the arms side by side."""
+def compare(
+    arms: Mapping[str, ArmFigures], claims: Sequence[ClaimConfig] = (), *, baseline: str | None = None
+) -> Comparison:
+    """Settle `claims`, and put the arms side by side.
+
+    Differences are to the arm `baseline`, by default to the strongest of the arms that claims compare with.
+    """
     named = dict.fromkeys(name for claim in claims for name in claim.against)
-    baseline = strongest([arms[name] for name in named]) if named else None
+    finished = [arms[name] for name in named if name in arms and arms[name].is_finished]
+    compared = strongest(finished) if finished else None
+    if baseline is not None:
+        compared = arms[baseline]
     return Comparison(
         arms,
-        [_row(arm, baseline) for arm in arms.values()],
-        baseline.name if baseline is not None else None,
+        [_row(arm, compared) for arm in arms.values()],
+        compared.name if compared is not None else None,
         settle(claims, arms),
     )
 
@@ -66,11 +84,15 @@ def compare(arms: Mapping[str, ArmFigures], claims: Sequence[ClaimConfig]) -> Co
 def _row(arm: ArmFigures, baseline: ArmFigures | None) -> ArmRow:
     lasts = [curve[-1] for curve in arm.curves.values() if curve]
     difference = None
-    if baseline is not None and baseline is not arm:
-        difference = _spread(paired_differences(arm.final_losses, baseline.final_losses))
+    if baseline is not None and baseline is not arm and baseline.is_finished and arm.is_finished:
+        theirs = baseline.final_losses
+        common = {seed: loss for seed, loss in arm.final_losses.items() if seed in theirs}
+        difference = _spread(paired_differences(common, {seed: theirs[seed] for seed in common}))
     num_seeds = max(1, len(lasts))
     return ArmRow(
         arm.name,
+        tuple(arm.curves),
+        arm.is_finished,
         _spread(arm.final_losses),
         difference,
         max((point.step for point in lasts), default=0),
@@ -156,28 +178,51 @@ def claims_table(comparison: Comparison) -> Table:
     return table
 
 
-def arms_table(comparison: Comparison) -> Table:
+def arms_table(comparison: Comparison, *, title: str = "Arms") -> Table:
     """The arms, for a terminal."""
-    table = Table(box=box.SIMPLE_HEAD, title="Arms", title_justify="left", title_style="bold")
-    table.add_column("arm")
-    for heading in ("final loss", difference_heading(comparison), "steps", "seconds", "sent"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    name, loss, *others = arm_headings(comparison)
+    table.add_column(name, overflow="fold")
+    table.add_column(loss.replace(" held-out ", "\nheld-out "), justify="right", no_wrap=True)
+    for heading in others:
+        is_long = len(heading) > _MAX_HEADING_CHARS // 2
+        table.add_column(
+            heading.replace("minus ", "minus\n") if is_long else heading, justify="right", no_wrap=True
+        )
     for row in comparison.rows:
-        table.add_row(*map(Text, arm_cells(row)))
+        table.add_row(*map(Text, arm_cells(row, comparison)))
+    if any(not row.is_finished for row in comparison.rows):
+        table.caption, table.caption_justify = Text(UNFINISHED), "left"
     return table
 
 
-def difference_heading(comparison: Comparison) -> str:
-    """Of the column with `ArmRow.difference`."""
-    return f"minus {comparison.baseline}" if comparison.baseline is not None else "difference"
+UNFINISHED = "* not finished: the newest loss, which is compared with nothing."
+"""What there is to be said to a mark in `arm_cells`."""
 
 
-def arm_cells(row: ArmRow) -> list[str]:
-    """Name, final loss, difference to the baseline, steps, seconds, bytes."""
+def arm_headings(comparison: Comparison) -> list[str]:
+    """Of `arm_cells`."""
+    baseline = comparison.baseline
+    if baseline is None:
+        minus = "difference"
+    else:
+        minus = f"minus {baseline}" if len(baseline) <= _MAX_HEADING_CHARS else "minus baseline"
+    seeds = ["seeds"] if comparison.has_unlike_seeds else []
+    return ["arm", "final held-out loss", minus, *seeds, "steps", "seconds", "sent"]
+
+
+def arm_cells(row: ArmRow, comparison: Comparison) -> list[str]:
+    """Name, final loss, difference to the baseline, seeds where arms have others, steps, seconds, bytes."""
+    difference = with_spread(row.difference, signed=True)
+    if row.name == comparison.baseline:
+        difference = "baseline"
+    elif row.difference is not None and row.difference.num < len(row.seeds):
+        difference += f" ({row.difference.num} of {len(row.seeds)} seeds)"
     return [
         row.name,
-        with_spread(row.final_loss),
-        with_spread(row.difference, signed=True),
+        with_spread(row.final_loss) + ("" if row.is_finished else "*"),
+        difference,
+        *([", ".join(map(str, row.seeds))] if comparison.has_unlike_seeds else []),
         f"{row.num_steps:,}",
         f"{row.seconds:,.0f}",
         byte_count(round(row.num_bytes)),
@@ -199,11 +244,11 @@ def markdown(comparison: Comparison, *, heading: str, facts: Sequence[str]) -> s
             )
             lines.append(f"| {' | '.join(map(_cell, cells))} |")
         lines.append("")
-    lines += [
-        f"| arm | final held-out loss | {difference_heading(comparison)} | steps | seconds | sent |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [f"| {' | '.join(map(_cell, arm_cells(row)))} |" for row in comparison.rows]
+    headings = arm_headings(comparison)
+    lines += [f"| {' | '.join(map(_cell, headings))} |", "|---" * len(headings) + "|"]
+    lines += [f"| {' | '.join(map(_cell, arm_cells(row, comparison)))} |" for row in comparison.rows]
+    if any(not row.is_finished for row in comparison.rows):
+        lines += ["", UNFINISHED.replace("*", "\\*", 1)]
     return "\n".join(lines) + "\n"
 
 

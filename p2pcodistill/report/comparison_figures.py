@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from p2pcodistill.report.arm_figures import ArmFigures, Point
-from p2pcodistill.report.figures import INK, SITE_COLOURS, new_figure, style
+from p2pcodistill.report.figures import INK, PANEL_SHARE, SITE_COLOURS, new_figure, style
 from p2pcodistill.report.labels import LineEnd, label_ends
 from p2pcodistill.report.learning_curves import EARLY_SHARE
 from p2pcodistill.report.verdicts import Spread
 
 CurveAxis: TypeAlias = Literal["steps", "seconds", "bytes"]
+CURVE_AXES: tuple[CurveAxis, ...] = ("steps", "seconds", "bytes")
+_LINE_POINTS = 13.5
+"""Between the labels of two lines."""
 _LINES = ("-", (0, (4, 2)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
 _AXES: Mapping[CurveAxis, tuple[str, Callable[[Point], float]]] = {
     "steps": ("step", lambda point: float(point.step)),
@@ -28,16 +32,49 @@ _AXES: Mapping[CurveAxis, tuple[str, Callable[[Point], float]]] = {
 }
 
 
-def arm_colours(arms: Sequence[str]) -> dict[str, str]:
+class Look(NamedTuple):
+    """By which an arm is known."""
+
+    colour: str
+    line: Any
+
+
+def looks_of_arms(arms: Sequence[str]) -> dict[str, Look]:
     """A colour for each arm; with more arms than colours they come again, with another line."""
-    return {name: SITE_COLOURS[index % len(SITE_COLOURS)] for index, name in enumerate(arms)}
+    return {name: _look(index, index // len(SITE_COLOURS)) for index, name in enumerate(arms)}
 
 
-def loss_curves(arms: Mapping[str, ArmFigures], axis: CurveAxis, *, loss_unit: str) -> Figure | None:
+def looks_of_runs(arms_of_runs: Mapping[str, Mapping[str, str]]) -> dict[str, Look]:
+    """How arms look, by their label: `arms_of_runs` has, for each run, the label of each of its arms by its name.
+
+    With more arms than colours, the colour tells the arm's name, the same in all runs, and the line tells the run.
+    """
+    labels = [label for labels in arms_of_runs.values() for label in labels.values()]
+    if len(labels) <= len(SITE_COLOURS) or len(arms_of_runs) < 2:
+        return looks_of_arms(labels)
+    names = list(dict.fromkeys(name for labels in arms_of_runs.values() for name in labels))
+    return {
+        label: _look(names.index(name), run)
+        for run, labels in enumerate(arms_of_runs.values())
+        for name, label in labels.items()
+    }
+
+
+def _look(colour: int, line: int) -> Look:
+    return Look(SITE_COLOURS[colour % len(SITE_COLOURS)], _LINES[line % len(_LINES)])
+
+
+def loss_curves(
+    arms: Mapping[str, ArmFigures],
+    axis: CurveAxis,
+    *,
+    loss_unit: str,
+    looks: Mapping[str, Look] | None = None,
+) -> Figure | None:
     """Held-out loss of each arm over `axis`; None where no arm has anything to show over it.
 
-    Arms that took none of it (a lone site sends no bytes) are drawn across, at their final loss. Bytes, of which one arm may
-    send a thousand times as many as another, are on a logarithmic scale.
+    `looks` are by default those of `looks_of_arms`. Arms that took none of it (a lone site sends no bytes) are drawn across,
+    at their final loss. Bytes, of which one arm may send a thousand times as many as another, are on a logarithmic scale.
     """
     label, amount = _AXES[axis]
     means = {name: _mean_over_seeds(arm, amount) for name, arm in arms.items()}
@@ -46,21 +83,21 @@ def loss_curves(arms: Mapping[str, ArmFigures], axis: CurveAxis, *, loss_unit: s
         return None
     largest = max(amounts_taken)
     smallest = min(amounts_taken) if axis == "bytes" else 0.0
-    colours = arm_colours(list(arms))
+    looks = looks or looks_of_arms(list(arms))
     with style():
-        figure, (axes,) = new_figure(9.0, 4.9)
+        figure, (axes,) = new_figure(9.0, max(4.9, 0.7 + len(means) * _LINE_POINTS / 72 / PANEL_SHARE))
         ends = []
-        for index, (name, line) in enumerate(means.items()):
+        for name, line in means.items():
+            colour, shape = looks[name]
             if not line:
                 continue
             if line[-1][0] <= 0:
                 line = [(smallest, *line[-1][1:]), (largest, *line[-1][1:])]
             line = [point for point in line if point[0] >= smallest]
-            shape = _LINES[index // len(SITE_COLOURS) % len(_LINES)]
             amounts, losses, lows, highs = zip(*line, strict=True)
-            axes.plot(amounts, losses, color=colours[name], linestyle=shape, zorder=3)
-            axes.fill_between(amounts, lows, highs, color=colours[name], alpha=0.15, linewidth=0)
-            ends.append(LineEnd(amounts[-1], losses[-1], f"{name}  {losses[-1]:.3f}", colours[name]))
+            axes.plot(amounts, losses, color=colour, linestyle=shape, zorder=3)
+            axes.fill_between(amounts, lows, highs, color=colour, alpha=0.15, linewidth=0)
+            ends.append(LineEnd(amounts[-1], losses[-1], f"{name}  {losses[-1]:.3f}", colour))
         axes.set_ylim(*_loss_range([line for line in means.values() if line]))
         axes.set_xlabel(label)
         axes.set_ylabel(f"held-out loss ({loss_unit})")
@@ -72,17 +109,26 @@ def loss_curves(arms: Mapping[str, ArmFigures], axis: CurveAxis, *, loss_unit: s
         else:
             axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=axis == "steps"))
         axes.set_xlim(smallest, largest)
-        label_ends(axes, ends, height_points=0.82 * 72 * figure.get_figheight())
+        label_ends(axes, ends, height_points=PANEL_SHARE * 72 * figure.get_figheight())
         return figure
 
 
-def bars(figures: Mapping[str, Spread], *, title: str, unit: str) -> Figure:
+def tell_lines(figure: Figure, lines: Mapping[str, Any]) -> None:
+    """Say below the picture what each style of line stands for."""
+    with style():
+        samples = [Line2D([], [], color=INK, linestyle=line, label=name) for name, line in lines.items()]
+        figure.legend(handles=samples, loc="outside lower left", ncols=3, handlelength=2.6)
+
+
+def bars(
+    figures: Mapping[str, Spread], *, title: str, unit: str, looks: Mapping[str, Look] | None = None
+) -> Figure:
     """A bar for each arm, with the range over seeds as a whisker and the mean written at it."""
-    colours = arm_colours(list(figures))
+    looks = looks or looks_of_arms(list(figures))
     with style():
         figure, (axes,) = new_figure(9.0, 1.1 + 0.42 * len(figures))
         for place, (name, of) in enumerate(figures.items()):
-            axes.barh(place, of.mean, color=colours[name], height=0.62, zorder=2)
+            axes.barh(place, of.mean, color=looks[name].colour, height=0.62, zorder=2)
             axes.plot([of.lowest, of.highest], [place, place], color=INK, linewidth=1.4, zorder=3)
             _write_at(axes, of, place)
         axes.set_yticks(range(len(figures)), list(figures))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,16 @@ from matplotlib.figure import Figure
 from p2pcodistill.report.claim_config import ClaimConfig, MeasureName
 from p2pcodistill.report.claims import settle
 from p2pcodistill.report.comparison import (
+    UNFINISHED,
     Comparison,
     arm_cells,
+    arm_headings,
     bound_in_words,
-    difference_heading,
     measure_in_words,
     outcome_in_words,
     with_spread,
 )
-from p2pcodistill.report.comparison_figures import CurveAxis, bars, loss_curves
+from p2pcodistill.report.comparison_figures import CurveAxis, Look, bars, looks_of_arms, loss_curves
 from p2pcodistill.report.figures import save_png, to_svg
 
 _UNITS: dict[MeasureName, tuple[str, str]] = {
@@ -37,9 +38,14 @@ def draw_comparison(
     measures: Sequence[MeasureName],
     *,
     loss_unit: str,
+    looks: Mapping[str, Look] | None = None,
 ) -> dict[str, Figure]:
-    """The pictures that a scenario asks for, by name; without those that there is nothing to draw for."""
-    drawn = {f"loss-over-{axis}": loss_curves(comparison.arms, axis, loss_unit=loss_unit) for axis in curves}
+    """The pictures that were asked for, by name; without those that there is nothing to draw for."""
+    looks = looks or looks_of_arms(list(comparison.arms))
+    drawn = {
+        f"loss-over-{axis}": loss_curves(comparison.arms, axis, loss_unit=loss_unit, looks=looks)
+        for axis in curves
+    }
     for measure in measures:
         told = {
             settled.claim.arm: settled.figure
@@ -50,7 +56,7 @@ def draw_comparison(
             if settled.figure is not None
         }
         title, unit = _UNITS[measure]
-        drawn[measure] = bars(told, title=title, unit=unit or loss_unit) if told else None
+        drawn[measure] = bars(told, title=title, unit=unit or loss_unit, looks=looks) if told else None
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
@@ -77,7 +83,8 @@ def comparison_section(comparison: Comparison, pictures: dict[str, Figure]) -> d
             }
             for settled in comparison.settled
         ],
-        "difference_heading": difference_heading(comparison),
-        "arms": [arm_cells(row) for row in comparison.rows],
+        "headings": arm_headings(comparison),
+        "arms": [arm_cells(row, comparison) for row in comparison.rows],
+        "footnote": "" if all(row.is_finished for row in comparison.rows) else UNFINISHED,
         "pictures": [Markup(to_svg(figure, name)) for name, figure in pictures.items()],
     }

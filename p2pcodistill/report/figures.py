@@ -25,6 +25,8 @@ SITE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 POOLED_COLOUR = "#444444"
 INK = "#222222"
 FAINT_INK = "#767676"
+PANEL_SHARE = 0.82
+"""How much of a figure's height is left to a single panel, about."""
 
 _STYLE: dict[Any, Any] = {  # matplotlib types its keys by a list of all of them that changes between versions
     "font.family": "sans-serif",

@@ -71,7 +71,7 @@ def write_report(
         edge_rows=edge_rows(edges.rows) if edges else [],
         link_rows=link_rows(codistilled.sites) if codistilled else [],
         num_edges_left_out=len(edges.edges) - len(edges.rows) if edges else 0,
-        configuration_text=configuration_text,
+        configurations={"The scenario file": configuration_text},
         versions=dict(versions),
     )
     path.write_text(page, encoding="utf-8")

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from p2pcodistill.report.figures import (
     FAINT_INK,
+    PANEL_SHARE,
     POOLED_COLOUR,
     SITE_COLOURS,
     new_figure,
@@ -63,7 +64,7 @@ def learning_curves(arms: Sequence[ArmResult], summary: Summary) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         _mark_burn_in(axes, arms, summary["num_steps"])
         _mark_baseline(axes, arms, summary, colours)
-        label_ends(axes, ends, height_points=0.82 * 72 * figure.get_figheight())
+        label_ends(axes, ends, height_points=PANEL_SHARE * 72 * figure.get_figheight())
         return figure
 
 

@@ -18,6 +18,7 @@ from rich.live import Live
 
 from p2pcodistill.report.plain import PlainView
 from p2pcodistill.report.progress import Progress
+from p2pcodistill.report.run_progress import RunProgress
 from p2pcodistill.report.screen import Groups, screen
 from p2pcodistill.telemetry.records import Record
 
@@ -37,6 +38,10 @@ class View(Protocol):
         """Show what `record` of `site` tells. Sites of one `group` (an arm, a run) stand together."""
         ...
 
+    def show_jobs(self, jobs: RunProgress) -> None:
+        """Show from now on how far the jobs are that the sites belong to; again whenever one begins or ends."""
+        ...
+
 
 def make_view(title: str, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> View:
     """The view that suits `stream`: redrawn in place on a terminal, plain lines elsewhere."""
@@ -51,6 +56,7 @@ class LiveView:
     def __init__(self, title: str, console: Console) -> None:
         self._title = title
         self._groups: Groups = {}
+        self._jobs: RunProgress | None = None
         self._lock = threading.Lock()  # records come from one thread, another draws
         self._live = Live(self, console=console, auto_refresh=False)
         # Not rich's own thread: that one is never joined.
@@ -78,7 +84,11 @@ class LiveView:
         with self._lock:
             self._groups.setdefault(group, {}).setdefault(site, Progress()).update(record)
 
+    def show_jobs(self, jobs: RunProgress) -> None:
+        """See `View.show_jobs`."""
+        self._jobs = jobs
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         with self._lock:
-            lines = screen(self._title, self._groups, options.max_width, console.size.height)
+            lines = screen(self._title, self._groups, options.max_width, console.size.height, jobs=self._jobs)
         yield from lines

@@ -21,6 +21,8 @@ Measure: TypeAlias = Callable[[Probabilities, Probabilities], float]
 
 # Below this a probability that was rounded to 0 is taken for this: e^-28.
 _LOWEST_PROBABILITY = 1e-12
+# Two per cent apart: the loss is flat about its minimum.
+_TEMPERATURES = np.geomspace(1 / 8, 8, 211)
 
 
 # --- two models --------------------------------------------------------------------------------------------------
@@ -74,6 +76,24 @@ def diversity(models: Sequence[Probabilities], measure: Measure = churn) -> floa
 def log_loss(probabilities_NC: Probabilities, labels_N: Labels) -> float:
     """Mean nats an example."""
     return float(-_log(probabilities_NC)[np.arange(len(labels_N)), labels_N].mean())
+
+
+def calibrated_log_loss(probabilities_NC: Probabilities, labels_N: Labels) -> float:
+    """Mean nats an example at the temperature that suits these very examples best (Guo et al. 2017, section 4.2).
+
+    What `log_loss` has on top of it is due to a model that is all in all too sure, or not sure enough. NaN of a model that
+    diverged.
+    """
+    if not np.isfinite(probabilities_NC).all():
+        return math.nan
+    logits_NC, places_N = _log(probabilities_NC), np.arange(len(labels_N))
+
+    def loss_at(temperature: float) -> float:
+        scaled_NC = logits_NC / temperature
+        scaled_NC -= scaled_NC.max(axis=1, keepdims=True)
+        return float(np.mean(np.log(np.exp(scaled_NC).sum(axis=1)) - scaled_NC[places_N, labels_N]))
+
+    return min(map(loss_at, _TEMPERATURES))
 
 
 def calibration_error(probabilities_NC: Probabilities, labels_N: Labels, *, num_bins: int = 15) -> float:

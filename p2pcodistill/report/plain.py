@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from p2pcodistill.report.progress import Progress, describe, printable, refusals_in_words
+from p2pcodistill.report.run_progress import RunProgress
 from p2pcodistill.telemetry.event import Event
 from p2pcodistill.telemetry.node_events import (
     MemberTrustChanged,
@@ -34,7 +35,8 @@ class PlainView:
 
     A site that evaluates more rarely is heard of after `4 * interval_s`. What changes between sites is told at once:
     teachers that do not teach for now, peers that do not answer or are not listened to, relaying, faults. So are
-    refusals, but no more often than every `interval_s` a site: the line says how many there were.
+    refusals, but no more often than every `interval_s` a site: the line says how many there were. Of jobs there is a line
+    for each that has finished, and one after `jobs_interval_s` without such.
     """
 
     def __init__(
@@ -44,12 +46,17 @@ class PlainView:
         clock: Callable[[], float] = time.monotonic,
         *,
         interval_s: float = 10.0,
+        jobs_interval_s: float = 60.0,
     ) -> None:
         self._title = title
         self._stream = stream
         self._clock = clock
         self._interval_s = interval_s
+        self._jobs_interval_s = jobs_interval_s
         self._sites: dict[tuple[str, str], _PlainSite] = {}
+        self._jobs: RunProgress | None = None
+        self._jobs_line_s = 0.0
+        self._told_jobs: set[int] = set()
 
     def __enter__(self) -> Self:
         self._print(self._title)
@@ -79,6 +86,23 @@ class PlainView:
             self._print(f"{group} {site}: {describe(shown.progress)}")
         if now_s - shown.refusal_s >= self._interval_s:
             shown.refusal_s = now_s if self._print_refusals(group, site, shown) else shown.refusal_s
+        if self._jobs is not None and now_s - self._jobs_line_s >= self._jobs_interval_s:
+            running = ", ".join(self._jobs.running())
+            self._print_jobs(f"{self._jobs.describe()}; running: {running}")
+
+    def show_jobs(self, jobs: RunProgress) -> None:
+        """See `View.show_jobs`."""
+        finished = {index: job for index, job in enumerate(jobs.jobs) if job.state == "finished"}
+        if self._jobs is not jobs:
+            self._jobs, self._told_jobs = jobs, set(finished)
+            self._print_jobs(jobs.describe())
+        for index in finished.keys() - self._told_jobs:
+            self._told_jobs.add(index)
+            self._print_jobs(f"{finished[index].title} is done; {jobs.describe()}")
+
+    def _print_jobs(self, line: str) -> None:
+        self._jobs_line_s = self._clock()
+        self._print(printable(line))
 
     def _print_refusals(self, group: str, site: str, shown: _PlainSite) -> bool:
         count = shown.progress.num_refusals

@@ -18,6 +18,7 @@ from p2pcodistill.report.progress import (
     refusals_in_words,
     synthetic_staleness,
 )
+from p2pcodistill.report.run_progress import RunProgress
 from p2pcodistill.report.table import ABSENT, byte_count, number, times
 
 Groups: TypeAlias = dict[str, dict[str, Progress]]
@@ -44,12 +45,19 @@ MAX_PEER_LINES = 4
 MAX_LINK_LINES = 6
 
 
-def screen(title: str, groups: Groups, num_columns: int, num_rows: int) -> list[Text]:
+def screen(
+    title: str, groups: Groups, num_columns: int, num_rows: int, *, jobs: RunProgress | None = None
+) -> list[Text]:
     """The picture of all sites: lines of at most `num_columns`, at most `num_rows - 1` of them (the cursor has the last).
 
     Where the height does not do, groups that have ended fold into one line each, then those that wait, then the rest.
+    `jobs` are those that the sites belong to.
     """
     lines = [Text(printable(title), style="bold")]
+    if jobs is not None:
+        lines.append(Text(jobs.describe()))
+        if waiting := jobs.waiting():
+            lines.append(Text(f"waiting: {', '.join(waiting)}", style="dim"))
     notices = [
         line
         for lines_of in (_synthetic_lines, _fault_lines, _resting_lines, _peer_lines, _refusal_lines)

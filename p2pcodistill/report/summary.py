@@ -46,6 +46,8 @@ class ArmResult:
     kind: Kind
     seed: int
     sites: dict[str, SiteHistory]
+    is_finished: bool = True
+    """Whether every site got to the end that was to: not so where a run was stopped, or still goes on."""
 
 
 def all_reduce_bytes(num_sites: int, num_parameters: int, num_steps: int) -> int:
@@ -57,9 +59,15 @@ def all_reduce_bytes(num_sites: int, num_parameters: int, num_steps: int) -> int
 
 
 def summarise(
-    scenario_name: str, arms: Sequence[ArmResult], num_steps: int, *, loss_unit: str = "nats/byte"
+    scenario_name: str,
+    arms: Sequence[ArmResult],
+    num_steps: int,
+    *,
+    loss_unit: str = "nats/byte",
+    is_compared: bool = True,
 ) -> Summary:
     """What `summary.json` holds; JSON without NaN. `num_steps` are the steps of the run, `loss_unit` names that of losses.
+    `is_compared` is False of a single site's own run, which no other arm belongs to.
 
     Of each seed, and then the mean over seeds; None if it is None for one of them:
 
@@ -92,6 +100,7 @@ def summarise(
         "num_steps": num_steps,
         "seeds": sorted({arm.seed for arm in arms}),
         "loss_unit": loss_unit,
+        "is_compared": is_compared,
     }
     summary |= _compare(first, num_steps)
     summary["other_arms"] = [
@@ -249,7 +258,7 @@ def _arm_summary(arm: ArmResult, compared: Sequence[ArmResult], num_steps: int) 
 
 def _notes(summary: Summary, arms: Sequence[ArmResult], num_steps: int) -> list[str]:
     notes = []
-    for kind in KINDS:
+    for kind in KINDS if summary["is_compared"] else ():
         for seed in summary["seeds"]:
             if not any(arm.kind == kind and arm.seed == seed for arm in arms):
                 notes.append(f"There is no {kind} arm{of_seed(seed, summary)}.")

@@ -69,7 +69,7 @@ def write_synthetic_report(
             num_edges_left_out=len(result.edges) - len(shown_edges),
             state_rows=shown_states,
             num_states_left_out=len(result.sites) - len(shown_states),
-            configuration_text=configuration_text,
+            configurations={"The scenario file": configuration_text},
             versions=dict(versions),
         ),
         encoding="utf-8",

@@ -13,6 +13,8 @@ from p2pcodistill.report.summary import KINDS, Summary, of_seed, seeds_without_g
 def headline(summary: Summary) -> str:
     """The outcome in a few plain sentences, whatever it was."""
     losses, unit = summary["final_val_loss"], summary["loss_unit"]
+    if not summary["is_compared"]:
+        return _site_headline(summary)
     names = {
         "codistilled": "codistilled sites",
         "alone": "sites alone",
@@ -46,6 +48,15 @@ def headline(summary: Summary) -> str:
     if len(summary["seeds"]) > 1:
         sentences.append(f"Each figure is the mean of {len(summary['seeds'])} seeds, ± half their range.")
     return " ".join(sentences)
+
+
+def _site_headline(summary: Summary) -> str:
+    """Of a single site's own run."""
+    ((site, values),) = summary["arms"][0]["sites"].items()
+    where = "in the end" if values["finished"] else f"at step {values['num_steps']} of {summary['num_steps']}"
+    loss = values["final_val_loss"]
+    shown = "is not finite" if loss is None else f"is {loss:.3f} {summary['loss_unit']}"
+    return f"The held-out loss of {site} {shown} {where}."
 
 
 def _gap_sentence(summary: Summary) -> str:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from p2pcodistill.config import CodistillationConfig, FramesConfig
 from p2pcodistill.errors import ConfigError
 from p2pcodistill.simulation.arms.kinds import KINDS, ArmKind
+from p2pcodistill.simulation.link_config import LinkConfig
 from p2pcodistill.strict import NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
 
 Sharing = Literal["disjoint", "same"]
@@ -65,6 +66,8 @@ class ArmConfig(StrictModel):
     """Keys of `[training]` that differ in this arm; `num_steps`, for instance, to train for longer."""
     task: dict[str, Any] = Field(default_factory=dict)
     """Keys of `[task]` that differ in this arm."""
+    num_sites: PositiveInt | None = None
+    """So many of the scenario's sites are in this arm, the first ones, each with its own data as in the others; else all."""
     sharing: Sharing | None = None
     """In place of `data.sharing`."""
     initialisation: Literal["same", "different"] | None = None
@@ -75,6 +78,8 @@ class ArmConfig(StrictModel):
     """Keys of `[frames]` that differ in this arm: codistilled or two-phase."""
     topology: str | None = None
     """In place of the scenario's, of an arm that is codistilled or averages by gossip."""
+    links: tuple[LinkConfig, ...] | None = None
+    """In place of the scenario's, of a codistilled arm; `[]`: perfect ones."""
     interval_steps: PositiveInt | None = None
     """Local steps between two averages; by default those of `codistillation.exchange_interval_steps`."""
     precision: Literal["float32", "float16", "bfloat16"] | None = None

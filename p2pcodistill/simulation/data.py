@@ -65,6 +65,12 @@ class DataInPlace:
         """See `ScenarioData`."""
 
 
+def evaluation_files(folder: Path) -> list[Path]:
+    """Of a run on text: what all sites were evaluated on, and the word pieces that it was told in, if there are some."""
+    paths = [folder / _DATA_FOLDER / name for name in (_HELD_OUT_FILE, _VOCABULARY_FILE)]
+    return [path for path in paths if path.exists()]
+
+
 def prepare_data(scenario: ScenarioConfig) -> ScenarioData:
     """The data of `scenario`, deterministically. Raises DataError where some is missing or there is too little."""
     if scenario.synthetic is not None:
@@ -136,6 +142,7 @@ def split_scenario_text(scenario: ScenarioConfig, task: LanguageModelConfig) -> 
             num_shards=len(names) + (1 if data.unlabelled else 0),
             max_shard_bytes=data.max_bytes_per_site,
             max_held_out_bytes=max_kept_bytes,
+            shard_by=data.shard_by,
         )
         held_out, shards = split.held_out, split.shards
     if data.held_out:

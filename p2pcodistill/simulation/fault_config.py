@@ -59,8 +59,8 @@ class FaultConfig(StrictModel):
     """How many seconds a wrong clock is ahead (or, if negative, behind); 0 sets it right."""
     does: Misdeed | None = None
     """`garbage`: bytes that are no message, and messages with bits flipped. `replay`: what it has heard and said before,
-    once more. `forge`: manifests signed with a key that nobody knows, or in the name of others, and chunks that are not
-    those announced. `flood`: announcements, thousands a second."""
+    once more. `forge`: manifests signed with a key that nobody knows, or in the name of others, the end of others' training,
+    and chunks that are not those announced. `flood`: announcements, thousands a second."""
 
     @model_validator(mode="after")
     def _check(self) -> FaultConfig:

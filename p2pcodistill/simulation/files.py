@@ -12,6 +12,8 @@
   <arm>-seed<k>/pooled/workers/  the members or workers of an arm that has one site for all
   <arm>-seed<k>/simulator.jsonl  what was done to sites and links, as events
   search/, search.json       of a scenario that searches: its trials, in a run folder of their own, and the choice
+  run.json, jobs.json        what it is made with and how it was begun; which of its jobs have finished
+  lock                       held (flock) by the living simulation
   summary.json, report.html  the result
 <run root>/latest            symbolic link to the newest of these
 """
@@ -30,6 +32,7 @@ from typing import Any, TypeAlias
 
 import tomli_w
 
+from p2pcodistill.checkpoint.durable import write_durably
 from p2pcodistill.config import NodeConfig, PeerConfig
 from p2pcodistill.errors import RunFolderError
 from p2pcodistill.identity import Identity
@@ -107,20 +110,40 @@ def point_latest(folder: Path) -> None:
         ) from None
 
 
+def find_run_folder(run: Path, run_root: Path) -> Path:
+    """The folder `run` of a simulation that was begun; `latest` is the newest below `run_root`. Raises RunFolderError."""
+    folder = run_root / LATEST_LINK if run == Path(LATEST_LINK) else run
+    if folder.is_symlink():  # told by its own name: the link will point to another
+        folder = folder.parent / folder.readlink()
+    if not folder.is_dir():
+        raise RunFolderError(f"there is no run folder {folder}: name one of those in {run_root}")
+    if not (folder / SCENARIO_FILE).exists():
+        raise RunFolderError(
+            f"{folder} has no {SCENARIO_FILE}: no simulation began there; run the scenario anew"
+        )
+    return folder
+
+
 def write_scenario(scenario: ScenarioConfig, data: ScenarioData, folder: Path) -> ScenarioConfig:
     """Write the scenario and its data into the run folder; returns the scenario that runs from there.
 
-    Topology files are copied, so that the folder says all there is to the run.
+    Topology files are copied, so that the folder says all there is to the run. The scenario comes last: where it is, all is.
     """
     copies: dict[str, str] = {}
     for path in dict.fromkeys(path for spec in scenario.topologies() for path in files_of(spec)):
         number = f"-{len(copies) + 1}" if copies else ""
         copies[path] = f"topology{number}{Path(path).suffix}"
         shutil.copyfile(path, folder / copies[path])
-    as_written = scenario.with_topology_files(copies.__getitem__)
-    (folder / SCENARIO_FILE).write_text(scenario_toml(as_written))
     data.write(folder)
-    return scenario.with_topology_files(lambda path: str(folder / copies[path]))
+    scenario = scenario.with_topology_files(lambda path: str(folder / copies[path]))
+    rewrite_scenario(scenario, folder)
+    return scenario
+
+
+def rewrite_scenario(scenario: ScenarioConfig, folder: Path) -> None:
+    """Put `scenario`, whose topology files lie in `folder`, in the place of the one that is there, if any."""
+    as_written = scenario.with_topology_files(lambda path: Path(path).name)
+    write_durably(folder / SCENARIO_FILE, scenario_toml(as_written).encode())
 
 
 def scenario_toml(scenario: ScenarioConfig) -> str:
@@ -195,24 +218,47 @@ def write_node_files(
     addresses: Sequence[str],
     dialled: Dialled | None = None,
 ) -> list[NodeFiles]:
-    """Write identity and node file of each of the job's sites, and make their run folders.
+    """Write identity and node file of each of the job's sites, and make their run folders; who has an identity keeps it.
 
     `scenario` is the one that `write_scenario` returned; `addresses` has one for each site to listen at. `dialled` decides
     where each site is told that its peers are; by default, where they listen.
     """
     files = node_files(job, folder)
-    identities = [Identity.generate() for _ in job.sites]
+    identities = [_identity(place) for place in files]
     members = [
         PeerConfig(name=site.name, public_identity=str(identity.public), address=address)
         for site, identity, address in zip(job.sites, identities, addresses, strict=True)
     ]
-    for site, identity, place in zip(job.sites, identities, files, strict=True):
-        place.run_folder.mkdir(parents=True)
-        place.node_file.parent.mkdir(exist_ok=True)
-        identity.save(place.node_file.with_suffix(".key"))
+    for site, place in zip(job.sites, files, strict=True):
+        place.run_folder.mkdir(parents=True, exist_ok=True)
         config = _node_config(site, members, job, scenario, folder, dialled)
         place.node_file.write_text(_toml(config.model_dump(mode="json", exclude_none=True)))
     return files
+
+
+def _identity(place: NodeFiles) -> Identity:
+    key_file = place.node_file.with_suffix(".key")
+    if key_file.exists():
+        return Identity.load(key_file)
+    identity = Identity.generate()
+    key_file.parent.mkdir(parents=True, exist_ok=True)
+    identity.save(key_file)
+    return identity
+
+
+def remove_job(job: Job, folder: Path) -> None:
+    """Remove all that the job has left in the run folder, if anything."""
+    places = node_files(job, folder)
+    if job.arm.of_kind.sites == "apart":  # others of the arm have theirs beside it
+        for place in places:
+            place.node_file.unlink(missing_ok=True)
+            place.node_file.with_suffix(".key").unlink(missing_ok=True)
+        left = [place.run_folder for place in places]
+    else:
+        left = [folder / job.run]
+    for path in left:
+        if path.exists():
+            shutil.rmtree(path)
 
 
 def _device(scenario: ScenarioConfig) -> str:

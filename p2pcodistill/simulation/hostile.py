@@ -22,10 +22,12 @@ from p2pcodistill.checkpoint.manifest import (
     sign_manifest,
 )
 from p2pcodistill.errors import RefusedError
+from p2pcodistill.gossip.codec import MAX_HEADER_BYTES, decode_message, encode_message
+from p2pcodistill.gossip.finishing import finished_text
 from p2pcodistill.gossip.messages import (
-    MAX_HEADER_BYTES,
     Announce,
     Chunk,
+    Finished,
     Gone,
     Hello,
     Lane,
@@ -35,8 +37,6 @@ from p2pcodistill.gossip.messages import (
     Pong,
     Refusal,
     Want,
-    decode_message,
-    encode_message,
     lane_of,
 )
 from p2pcodistill.identity import Identity
@@ -184,8 +184,11 @@ class HostileSite:
         for _ in range(_MISDEEDS_PER_TICK):
             manifest = replace(self._last, version=self._next_version())
             yield encode_message(self._announce(sign_manifest(manifest, self._stranger)))
-            stolen = replace(manifest, origin=self._rng.choice(self._others))
+            other, incarnation = self._rng.choice(self._others), manifest.version.incarnation
+            stolen = replace(manifest, origin=other)
             yield encode_message(self._announce(sign_manifest(stolen, self._identity)))
+            end = self._identity.sign(finished_text(self._hello.run, other, incarnation))
+            yield encode_message(Finished(other, incarnation, end))
 
     def _floods(self) -> Iterator[Payload]:
         for _ in range(2):  # what is new costs its receiver a verification, what is not should cost nothing

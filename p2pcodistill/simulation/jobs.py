@@ -1,8 +1,9 @@
 """Which jobs a scenario needs, in which order they start, and how many threads each gets. Pure functions.
 
-A job is what must run at the same time: all sites of an arm whose sites have to do with each other, or a single site. Jobs
-are placed on the cores by list scheduling, widest and then longest first. The number of threads is part of the plan, from
-estimated durations, so that two runs on machines with equally many cores compute the same.
+A job is what must run at the same time: all sites of an arm whose sites have to do with each other, or a single site. In
+virtual time it is one process. Jobs are placed on the cores by list scheduling, widest and then longest first. The number
+of threads is part of the plan, from estimated durations, so that two runs on machines with equally many cores compute the
+same.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ class SiteRun:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Sites that run at the same time. `cost` is its estimated duration, in steps of a lone site as unit."""
+    """Sites that run at the same time. `cost` is its estimated duration, in steps of a lone site as unit.
+
+    `is_one_process`: all sites share a process, and its threads.
+    """
 
     arm: ArmConfig
     seed: int
@@ -43,6 +47,7 @@ class Job:
     num_ranks_per_site: int
     num_threads: int
     cost: float
+    is_one_process: bool = False
 
     @property
     def run(self) -> str:
@@ -50,19 +55,19 @@ class Job:
         return f"{self.arm.name}-seed{self.seed}"
 
     @property
-    def num_ranks(self) -> int:
-        """Workers of all its sites."""
-        return self.num_ranks_per_site * len(self.sites)
+    def name(self) -> str:
+        """Distinguishes it from the other jobs of its scenario."""
+        return f"{self.run}/{self.sites[0].name}" if self.arm.of_kind.sites == "apart" else self.run
 
     @property
-    def num_cores_per_site(self) -> int:
-        """Cores that one site keeps busy."""
-        return self.num_ranks_per_site * self.num_threads
+    def num_processes(self) -> int:
+        """Processes that train."""
+        return 1 if self.is_one_process else self.num_ranks_per_site * len(self.sites)
 
     @property
     def num_cores(self) -> int:
         """Cores that the job keeps busy."""
-        return self.num_cores_per_site * len(self.sites)
+        return self.num_processes * self.num_threads
 
 
 def make_jobs(scenario: ScenarioConfig) -> list[Job]:
@@ -70,10 +75,10 @@ def make_jobs(scenario: ScenarioConfig) -> list[Job]:
 
     A lone site has exactly the name (hence the initialisation and order) and the data that it has in a codistilled arm.
     """
-    names = scenario.site_names
     jobs = []
     for seed in scenario.seeds:
         for arm in scenario.arms:
+            names = scenario.sites_of(arm)
             sites = tuple(SiteRun(name, scenario.shards_of(arm, name)) for name in names)
             match arm.of_kind.sites:
                 case "together":
@@ -84,21 +89,47 @@ def make_jobs(scenario: ScenarioConfig) -> list[Job]:
                     parts = [(SiteRun(POOLED_SITE, names),)]
             cost = _cost(scenario, arm)
             jobs += [
-                Job(arm, seed, part, scenario.group.num_ranks, scenario.group.num_threads, cost)
+                Job(
+                    arm,
+                    seed,
+                    part,
+                    scenario.group.num_ranks,
+                    scenario.group.num_threads,
+                    cost,
+                    is_one_process=scenario.mode == "virtual",
+                )
                 for part in parts
             ]
     return jobs
 
 
 def _cost(scenario: ScenarioConfig, arm: ArmConfig) -> float:
-    names = scenario.site_names
-    if arm.of_kind.module is not None:  # all in one process
-        return float(len(names))
-    if arm.kind != "codistilled":
+    if scenario.synthetic is not None:  # nothing is trained, and all jobs are alike
         return 1.0
-    topology = build_topology(arm.topology or scenario.topology, names)
-    max_teachers = max(len(table) for name in names for table in topology.schedule_of(name))
-    return 1 + _TEACHER_COST * max_teachers
+    names = scenario.sites_of(arm)
+    num_steps = scenario.training_of(arm).num_steps
+    match arm.kind:
+        case "codistilled":
+            topology = build_topology(arm.topology or scenario.topology, names)
+            schedules = [topology.schedule_of(name) for name in names]
+            num_teachers = [sum(map(len, tables)) / len(tables) for tables in schedules]
+            # One process trains a site after the other.
+            per_step = (sum if scenario.mode == "virtual" else max)(
+                1 + _TEACHER_COST * n for n in num_teachers
+            )
+            return num_steps * (arm.num_workers or 1) * per_step
+        case "alone" | "pooled":
+            return float(num_steps * (arm.num_workers or 1))
+        case "synchronous" | "asynchronous":
+            return float(num_steps * (arm.num_workers or len(names)))
+        case "ensemble":
+            return float(num_steps * (arm.num_members or len(names)))
+        case "two-phase":
+            num_members = arm.num_members or len(names)
+            teacher_steps = arm.teacher_steps or num_steps
+            return num_members * teacher_steps + num_steps * (1 + _TEACHER_COST * num_members)
+        case "fedavg" | "diloco" | "gossip-averaging":
+            return float(num_steps * len(names))
 
 
 def seeded_training(training: TrainingConfig, arm: ArmConfig, seed: int) -> TrainingConfig:
@@ -140,13 +171,14 @@ def plan(jobs: Sequence[Job], *, num_cores: int, widen: bool) -> list[Job]:
     """`jobs` in the order in which they should start.
 
     With `widen`, the jobs that start last get the threads for which cores would otherwise be idle, evenly and at most
-    `MAX_PLANNED_THREADS` a rank. `num_cores` is at least 1.
+    `MAX_PLANNED_THREADS` a process. Jobs of one process get more than one only where there are fewer jobs than cores: one
+    that waits for two free cores leaves one idle. `num_cores` is at least 1.
     """
     # Pooled jobs last among equals: they may get more threads, while a lone site then computes as its codistilled self does.
     waiting = sorted(
         jobs, key=lambda job: (-min(job.num_cores, num_cores), -job.cost, job.arm.kind == "pooled")
     )
-    if not widen:
+    if not widen or (len(jobs) >= num_cores and all(job.is_one_process for job in jobs)):
         return waiting
     planned: list[Job] = []
     running: list[tuple[float, int]] = []  # a heap of (estimated end, cores)
@@ -155,7 +187,7 @@ def plan(jobs: Sequence[Job], *, num_cores: int, widen: bool) -> list[Job]:
         starting = startable(waiting, num_free_cores=num_free_cores, num_cores=num_cores)
         if len(starting) == len(waiting):
             num_spare = num_free_cores - sum(min(job.num_cores, num_cores) for job in starting)
-            num_more = min(MAX_PLANNED_THREADS - 1, num_spare // sum(job.num_ranks for job in starting))
+            num_more = min(MAX_PLANNED_THREADS - 1, num_spare // sum(job.num_processes for job in starting))
             return planned + [replace(job, num_threads=job.num_threads + num_more) for job in starting]
         for job in starting:
             waiting.remove(job)

@@ -60,6 +60,8 @@ def upload_caps(scenario: ScenarioConfig, topology: Topology) -> dict[str, Uploa
     """What the nodes of the sites may send, of those that may not send what they can: as their node files say."""
     caps = {}
     for site in scenario.sites:
+        if site.name not in topology.members:
+            continue
         of_links = {
             peer: BYTES_PER_MBIT * mbit
             for peer in topology.neighbours_of(site.name)

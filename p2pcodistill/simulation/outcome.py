@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console
-from rich.table import Table
-
-from p2pcodistill.errors import GroupError
+from p2pcodistill.errors import GroupError, RunFolderError
 from p2pcodistill.report.arm_figures import arm_figures
 from p2pcodistill.report.comparison import Comparison, arms_table, claims_table, compare, markdown
 from p2pcodistill.report.history import SiteHistory
-from p2pcodistill.report.summary import ArmResult, Summary, summarise
+from p2pcodistill.report.recorded import loss_unit_of_task
+from p2pcodistill.report.results import REPORT_FILE, RESULT_FILE, tell, write_summary
+from p2pcodistill.report.summary import ArmResult, summarise
 from p2pcodistill.report.synthetic import SyntheticResult, summarise_synthetic, synthetic_table
 from p2pcodistill.report.table import table
 from p2pcodistill.simulation.clocks import put_right
 from p2pcodistill.simulation.files import SCENARIO_FILE, NodeFiles, node_files, simulator_events
 from p2pcodistill.simulation.job_run import expected_to_finish, failure
 from p2pcodistill.simulation.jobs import Job, make_jobs
+from p2pcodistill.simulation.run_record import read_run_record
 from p2pcodistill.simulation.scenario import ScenarioConfig
-from p2pcodistill.simulation.synthetic_config import RESULT_FILE
-from p2pcodistill.task_configs import LanguageModelConfig
+from p2pcodistill.simulation.synthetic_config import RESULT_FILE as SYNTHETIC_RESULT_FILE
 from p2pcodistill.telemetry.log import EventTail
 from p2pcodistill.telemetry.records import Record
 from p2pcodistill.topology.build import build_topology
@@ -33,57 +30,87 @@ from p2pcodistill.topology.build import build_topology
 if TYPE_CHECKING:
     from p2pcodistill.report.edges import EdgeResults
 
-_MIN_TABLE_WIDTH = 100
-_SUMMARY_FILE = "summary.json"
-_REPORT_FILE = "report.html"
-_RESULT_FILE = "result.md"
 
+def report(
+    scenario: ScenarioConfig,
+    folder: Path,
+    stream: TextIO,
+    *,
+    out: Path | None = None,
+    baseline: str | None = None,
+    is_partial: bool = False,
+) -> None:
+    """Write summary and report of the scenario's run in `folder` into `out`, by default there; print its table.
 
-def report(scenario: ScenarioConfig, folder: Path, num_cores: int, stream: TextIO) -> None:
-    """Write summary and report of a scenario whose jobs have ended into its run folder; print the table on `stream`.
+    `baseline` is the arm that the others are compared with, by default the strongest of those that claims compare with.
+    With `is_partial`, jobs need not have ended: the report is of what there is, and says what is missing.
 
-    Raises GroupError when a site has not finished its training that no fault has taken away.
+    Raises GroupError when a site has not finished its training that no fault has taken away, and RunFolderError when nothing
+    that could be reported has happened yet, or the run is of another format.
     """
-    tell = _report_training if scenario.synthetic is None else _report_synthetic
-    tell(scenario, folder, num_cores, stream)
+    write = _report_training if scenario.synthetic is None else _report_synthetic
+    write(scenario, folder, stream, out or folder, baseline, is_partial)
 
 
-def _report_training(scenario: ScenarioConfig, folder: Path, num_cores: int, stream: TextIO) -> None:
+def _report_training(
+    scenario: ScenarioConfig,
+    folder: Path,
+    stream: TextIO,
+    out: Path,
+    baseline: str | None,
+    is_partial: bool,
+) -> None:
     # Late: drawing takes a second to import, and nodes need not wait for it.
+    from p2pcodistill.report.comparison_figures import CURVE_AXES
     from p2pcodistill.report.comparison_html import comparison_section, draw_comparison, save_pictures
     from p2pcodistill.report.html import write_report
 
-    arms = read_results(scenario, folder)
-    shown = next((arm for arm in scenario.arms if arm.kind == "codistilled"), scenario.arms[0])
+    made_with = read_run_record(folder)
+    results = read_results(scenario, folder, is_partial=is_partial)
+    missing = unfinished(scenario, results)
+    arms = evaluated(scenario, results, folder)
+    names = {arm.name for arm in arms}
+    shown = next(
+        (arm for arm in scenario.arms if arm.kind == "codistilled" and arm.name in names), scenario.arms[0]
+    )
     summary = summarise(scenario.name, arms, scenario.training.num_steps, loss_unit=loss_unit_of(scenario))
+    summary["notes"] = [*unfinished(scenario, [a for a in results if a not in arms]), *summary["notes"]]
     comparison: Comparison | None = None
     section = None
-    if scenario.claims or scenario.report.curves or scenario.report.bars:
-        comparison = compare(arm_figures(arms, _folders(scenario, folder)), scenario.claims)
+    if scenario.claims or scenario.report.curves or scenario.report.bars or baseline is not None:
+        figures = arm_figures(arms, _folders(scenario, folder))
+        if baseline is not None and baseline not in figures:
+            raise RunFolderError(
+                f"{folder} has no figures of an arm {baseline!r} to compare with; there are {', '.join(figures)}"
+            )
+        comparison = compare(figures, scenario.claims, baseline=baseline)
         summary["comparison"] = comparison.to_record()
         pictures = draw_comparison(
-            comparison, scenario.report.curves, scenario.report.bars, loss_unit=summary["loss_unit"]
+            comparison,
+            scenario.report.curves or (() if baseline is None else CURVE_AXES),
+            scenario.report.bars,
+            loss_unit=summary["loss_unit"],
         )
-        save_pictures(pictures, folder)
+        save_pictures(pictures, out)
         section = comparison_section(comparison, pictures)
         facts = [f"seeds {', '.join(map(str, scenario.seeds))}; {scenario.training.num_steps} steps"]
-        (folder / _RESULT_FILE).write_text(markdown(comparison, heading=scenario.title, facts=facts))
-    _write_summary(summary, folder)
+        (out / RESULT_FILE).write_text(markdown(comparison, heading=scenario.title, facts=[*facts, *missing]))
+    write_summary(summary, out)
     write_report(
-        folder / _REPORT_FILE,
+        out / REPORT_FILE,
         title=scenario.title,
         summary=summary,
         arms=arms,
         comparison=section,
         configuration_text=(folder / SCENARIO_FILE).read_text(),
-        versions=versions(num_cores),
-        edges=_read_edges(scenario, folder),
-        topology=build_topology(shown.topology or scenario.topology, scenario.site_names),
+        versions=made_with,
+        edges=_read_edges(scenario, folder, arms),
+        topology=build_topology(shown.topology or scenario.topology, scenario.sites_of(shown)),
     )
     tables = [table(summary)]
     if comparison is not None:
         tables = [arms_table(comparison), *([claims_table(comparison)] if comparison.settled else [])]
-    _tell(tables, folder, stream)
+    tell(tables, missing, out, stream)
 
 
 def _folders(scenario: ScenarioConfig, folder: Path) -> dict[tuple[str, int], Path]:
@@ -91,50 +118,55 @@ def _folders(scenario: ScenarioConfig, folder: Path) -> dict[tuple[str, int], Pa
     return {(job.arm.name, job.seed): folder / job.run for job in make_jobs(scenario)}
 
 
-def _report_synthetic(scenario: ScenarioConfig, folder: Path, num_cores: int, stream: TextIO) -> None:
+def _report_synthetic(
+    scenario: ScenarioConfig,
+    folder: Path,
+    stream: TextIO,
+    out: Path,
+    baseline: str | None,
+    is_partial: bool,
+) -> None:
     from p2pcodistill.report.synthetic_html import write_synthetic_report
 
+    if baseline is not None:
+        raise RunFolderError(f"{folder} is a run without training, which has no baseline: leave it out")
+    jobs = make_jobs(scenario)
+    paths = [folder / job.run / SYNTHETIC_RESULT_FILE for job in jobs]
+    missing = [
+        f"{job.arm.name}, seed {job.seed}: not finished"
+        for job, path in zip(jobs, paths, strict=True)
+        if not path.exists()
+    ]
+    if is_partial and len(missing) == len(paths):
+        raise RunFolderError(f"nothing in {folder} has finished yet: wait for its first seed")
     results = [
-        SyntheticResult.from_json((folder / job.run / RESULT_FILE).read_text()) for job in make_jobs(scenario)
+        SyntheticResult.from_json(path.read_text()) for path in paths if path.exists() or not is_partial
     ]
     summary = summarise_synthetic(scenario.name, results)
-    _write_summary(summary, folder)
+    write_summary(summary, out)
     write_synthetic_report(
-        folder / _REPORT_FILE,
-        title=scenario.title,
+        out / REPORT_FILE,
+        title=f"{scenario.title} ({'; '.join(missing)})" if missing else scenario.title,
         summary=summary,
         result=results[0],
         topology=build_topology(scenario.topology, scenario.site_names),
         configuration_text=(folder / SCENARIO_FILE).read_text(),
-        versions=versions(num_cores),
+        versions=read_run_record(folder),
     )
-    _tell([synthetic_table(summary)], folder, stream)
+    tell([synthetic_table(summary)], missing, out, stream)
 
 
 def loss_unit_of(scenario: ScenarioConfig) -> str:
     """What held-out losses are counted in."""
-    if not isinstance(scenario.task, LanguageModelConfig):
-        return "nats/example"
-    has_pieces = scenario.data.vocabulary_size is not None or scenario.task.vocabulary is not None
-    return "nats/token" if has_pieces else "nats/byte"
+    return loss_unit_of_task(scenario.task, has_pieces=scenario.data.vocabulary_size is not None)
 
 
-def _write_summary(summary: Summary, folder: Path) -> None:
-    (folder / _SUMMARY_FILE).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-
-
-def _tell(tables: Sequence[Table], folder: Path, stream: TextIO) -> None:
-    console = Console(file=stream)
-    console.width = max(console.width, _MIN_TABLE_WIDTH)
-    console.print(*tables)
-    print(f"summary: {folder / _SUMMARY_FILE}\nreport:  {folder / _REPORT_FILE}", file=stream)
-
-
-def _read_edges(scenario: ScenarioConfig, folder: Path) -> EdgeResults | None:
-    """What happened between the sites of the first codistilled arm under the first seed; None if there is none."""
+def _read_edges(scenario: ScenarioConfig, folder: Path, arms: Sequence[ArmResult]) -> EdgeResults | None:
+    """What happened between the sites of the first codistilled one of `arms`; None if there is none."""
     from p2pcodistill.report.edges import EdgeResults
 
-    job = next((job for job in make_jobs(scenario) if job.arm.kind == "codistilled"), None)
+    first = next(((arm.name, arm.seed) for arm in arms if arm.kind == "codistilled"), None)
+    job = next((job for job in make_jobs(scenario) if (job.arm.name, job.seed) == first), None)
     if job is None:
         return None
     return EdgeResults.of(
@@ -142,42 +174,57 @@ def _read_edges(scenario: ScenarioConfig, folder: Path) -> EdgeResults | None:
     )
 
 
-def read_results(scenario: ScenarioConfig, folder: Path) -> list[ArmResult]:
+def read_results(scenario: ScenarioConfig, folder: Path, *, is_partial: bool = False) -> list[ArmResult]:
     """What each arm came to under each seed, in the scenario's order, from the event logs.
 
-    Raises GroupError when a site has not finished its training that no fault has taken away.
+    Raises GroupError when a site has not finished its training that no fault has taken away; with `is_partial`, its arm is
+    marked as not finished instead.
     """
     arms: dict[str, ArmResult] = {}
     for job in make_jobs(scenario):
         arm = arms.setdefault(job.run, ArmResult(job.arm.name, job.arm.kind, job.seed, {}))
         for place in node_files(job, folder):
             history = SiteHistory.of(_read_records(job, place, folder))
-            if not history.finished and place.site in expected_to_finish(job, scenario):
-                raise GroupError(failure(job, place, "ended before its training was finished"))
             arm.sites[place.site] = history
+            if not history.finished and place.site in expected_to_finish(job, scenario):
+                if not is_partial:
+                    raise GroupError(failure(job, place, "ended before its training was finished"))
+                arms[job.run] = replace(arms[job.run], is_finished=False)
     return list(arms.values())
+
+
+def unfinished(scenario: ScenarioConfig, results: Sequence[ArmResult]) -> list[str]:
+    """What there is to say of each arm and seed that has not finished."""
+    num_steps = {arm.name: scenario.training_of(arm).num_steps for arm in scenario.arms}
+    told = []
+    for arm in results:
+        if arm.is_finished:
+            continue
+        steps = min(history.num_steps for history in arm.sites.values())
+        if any(history.evaluations for history in arm.sites.values()):
+            state = f"not finished, at step {steps} of {num_steps[arm.name]}"
+        else:
+            state = (
+                "not evaluated yet"
+                if any(h.num_group_starts or h.num_steps for h in arm.sites.values())
+                else "not begun"
+            )
+        told.append(f"{arm.name}, seed {arm.seed}: {state}")
+    return told
+
+
+def evaluated(scenario: ScenarioConfig, results: Sequence[ArmResult], folder: Path) -> list[ArmResult]:
+    """Those of `results` that there is something to say of. Raises RunFolderError if there are none."""
+    arms = [arm for arm in results if any(history.evaluations for history in arm.sites.values())]
+    if not arms:
+        raise RunFolderError(
+            f"nothing in {folder} has been evaluated yet: wait for step {scenario.training.evaluation_interval_steps}, "
+            "the first at which something is (training.evaluation_interval_steps)"
+        )
+    return arms
 
 
 def _read_records(job: Job, place: NodeFiles, folder: Path) -> list[Record]:
     """What a site told of itself, then what the simulator told of it."""
     told = [r for r in EventTail(simulator_events(job, folder)).read() if r.get("site") == place.site]
     return [*put_right(EventTail(place.events).read(), told), *told]
-
-
-def versions(num_cores: int) -> dict[str, str]:
-    """What the result was made with. Does not import torch."""
-    return {
-        "p2pcodistill": _version("p2pcodistill"),
-        "python": platform.python_version(),
-        "torch": _version("torch"),
-        "pyzmq": _version("pyzmq"),
-        "platform": platform.platform(),
-        "cores": str(num_cores),
-    }
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:  # run from the source folder
-        return "not installed"

@@ -21,9 +21,10 @@ from p2pcodistill.report.claim_config import ClaimConfig, check_claims
 from p2pcodistill.simulation.arm_config import ArmConfig, Label
 from p2pcodistill.simulation.arms.kinds import POOLED_SITE
 from p2pcodistill.simulation.fault_config import FaultConfig, require_order
+from p2pcodistill.simulation.link_config import LinkConfig, check_links
+from p2pcodistill.simulation.scenario_file import load_scenario_table
 from p2pcodistill.simulation.scenario_tables import (
     DataConfig,
-    LinkConfig,
     ReportConfig,
     SiteConfig,
     VirtualConfig,
@@ -38,7 +39,6 @@ from p2pcodistill.simulation.synthetic_config import (
 from p2pcodistill.strict import (
     NonNegativeInt,
     StrictModel,
-    load_toml,
     override,
     parse_model,
 )
@@ -71,7 +71,7 @@ DECIDED_BY_SIMULATION = {
     ("training", "seed"): "list seeds = [0] at the top, from which each site gets its own",
 }
 """(section, key) of what the simulation sets for each node, so that a scenario cannot; with what to write instead."""
-DATA_KEYS_OF_TEXT = ("max_bytes_per_site", "max_held_out_bytes", "vocabulary_size", "unlabelled")
+DATA_KEYS_OF_TEXT = ("shard_by", "max_bytes_per_site", "max_held_out_bytes", "vocabulary_size", "unlabelled")
 """Keys of `[data]` that mean nothing for any task but the language model."""
 ARM_SECTIONS = ("codistillation", "frames")
 """Tables of an arm that say only what differs from the scenario's."""
@@ -147,6 +147,7 @@ class ScenarioConfig(StrictModel):
                 "codistillation": self.codistillation_of(arm),
                 "frames": self.frames_of(arm),
                 "topology": arm.topology or self.topology,
+                "links": self.links_of(arm),
             }
         )
 
@@ -170,9 +171,13 @@ class ScenarioConfig(StrictModel):
         """The scenario's, with the keys that the arm sets."""
         return self._sections_of(arm).task
 
+    def sites_of(self, arm: ArmConfig) -> tuple[str, ...]:
+        """The sites that are in that arm."""
+        return self.site_names[: arm.num_sites]
+
     def shards_of(self, arm: ArmConfig, site: str) -> tuple[str, ...]:
         """The sites whose data `site` trains on in that arm, where it has a model or a worker of its own."""
-        return self.site_names if (arm.sharing or self.data.sharing) == "same" else (site,)
+        return self.sites_of(arm) if (arm.sharing or self.data.sharing) == "same" else (site,)
 
     def _sections_of(self, arm: ArmConfig) -> _Sections:
         if not arm.training and not arm.task:
@@ -192,6 +197,10 @@ class ScenarioConfig(StrictModel):
         """The scenario's, with the keys that the arm sets."""
         return _overridden(self.frames, arm.frames)
 
+    def links_of(self, arm: ArmConfig) -> tuple[LinkConfig, ...]:
+        """The scenario's, or those that the arm has in their place."""
+        return self.links if arm.links is None else arm.links
+
     def _check_arm(self, arm: ArmConfig) -> None:
         if self.mode != "virtual" and (arm.of_kind.module is not None or arm.num_workers is not None):
             what = f"is {arm.kind}" if arm.of_kind.module is not None else "has num_workers"
@@ -203,10 +212,24 @@ class ScenarioConfig(StrictModel):
                 )
         if "name" in arm.task:
             raise ConfigError(f"the arm {arm.name!r}: all arms have the same task; remove its task.name")
-        if arm.num_members is not None and arm.num_members > len(self.sites):
+        if arm.num_sites is not None:
+            if arm.num_sites > len(self.sites):
+                raise ConfigError(
+                    f"the arm {arm.name!r} wants {arm.num_sites} sites, and there are {len(self.sites)}: "
+                    "lower its num_sites, or add sites"
+                )
+            if self.faults:
+                raise ConfigError(
+                    f"the arm {arm.name!r} has num_sites, and there are faults of certain sites: remove one or the other"
+                )
+        try:
+            check_links(self.links_of(arm), self.sites_of(arm))
+        except ConfigError as error:
+            raise ConfigError(f"the arm {arm.name!r}: {error}") from None
+        if arm.num_members is not None and arm.num_members > len(self.sites_of(arm)):
             raise ConfigError(
-                f"the arm {arm.name!r} wants an ensemble of {arm.num_members}, and there are {len(self.sites)} sites: "
-                "lower num_members, or add sites"
+                f"the arm {arm.name!r} wants an ensemble of {arm.num_members}, and there are {len(self.sites_of(arm))} "
+                "sites: lower num_members, or add sites"
             )
         self._sections_of(arm)  # refuses what they cannot have
 
@@ -263,13 +286,13 @@ class ScenarioConfig(StrictModel):
                 self._check_arm(trial)
         if (self.links or self.faults) and all(arm.kind != "codistilled" for arm in self.arms):
             raise ConfigError("links and faults are those of codistilled arms: add one, or remove them")
-        _refuse_repetition("link between", [link.name for link in self.links])
-        of_links = [link.between for link in self.links if link.between != "all"]
-        of_faults = [(*fault.sites, *fault.from_sites) for fault in self.faults]
-        for site in itertools.chain(*of_links, *of_faults):
+        check_links(self.links, self.site_names)
+        for site in itertools.chain(*((*fault.sites, *fault.from_sites) for fault in self.faults)):
             if site not in self.site_names:
-                raise ConfigError(f"{site!r} has a link or a fault, but is none of the [[sites]]")
-        num_models = {arm.name: 1 if arm.of_kind.sites == "one" else len(self.sites) for arm in self.arms}
+                raise ConfigError(f"{site!r} has a fault, but is none of the [[sites]]")
+        num_models = {
+            arm.name: 1 if arm.of_kind.sites == "one" else len(self.sites_of(arm)) for arm in self.arms
+        }
         check_claims(self.claims, num_models, len(self.seeds))
         for site in self.site_names:
             require_order(site, [fault for fault in self.faults if site in fault.sites])
@@ -315,7 +338,7 @@ def load_scenario(path: Path, overrides: Sequence[str] = (), *, data: Sequence[P
     """
     if not path.exists():
         raise ConfigError(f"no such scenario file: {path}{_known_scenarios()}")
-    table = override(load_toml(path), overrides)
+    table = override(load_scenario_table(path), overrides)
     if "sites" not in table and "num_sites" not in table:
         table |= _sites_of_topology(table, path)
     try:
@@ -330,24 +353,30 @@ def load_scenario(path: Path, overrides: Sequence[str] = (), *, data: Sequence[P
         scenario = _replace_data(scenario, tuple(entry_in(Path(), given) for given in data))
     try:
         _refuse_overlaps(scenario)
-        topology = build_topology(scenario.topology, scenario.site_names)
+        _check_edges(scenario.topology, scenario.site_names, scenario.links)
         for arm in scenario.arms:
-            if arm.topology is not None:
-                build_topology(arm.topology, scenario.site_names)
+            if arm.kind == "codistilled" or arm.topology is not None:
+                of_arm = scenario.of_arm(arm)
+                _check_edges(of_arm.topology, scenario.sites_of(arm), of_arm.links)
     except (ConfigError, DataError) as error:
         raise ConfigError(f"{path}: {error}") from None
     except TopologyError as error:
         raise TopologyError(f"{path}: {error}") from None
-    for link in scenario.links:
+    return scenario
+
+
+def _check_edges(spec: str, sites: Sequence[str], links: Sequence[LinkConfig]) -> None:
+    """Raise TopologyError for one that does not fit the sites, ConfigError for a link that is none of its edges."""
+    topology = build_topology(spec, sites)
+    for link in links:
         if link.between == "all":
             continue
         first, second = link.between
         if second not in topology.neighbours_of(first):
             raise ConfigError(
-                f"{path}: there is a link between {first!r} and {second!r}, which share no edge of the topology "
-                f"{scenario.topology!r}: remove it, or choose a topology that joins them"
+                f"there is a link between {first!r} and {second!r}, which share no edge of the topology "
+                f"{spec!r}: remove it, or choose a topology that joins them"
             )
-    return scenario
 
 
 def _sites_of_topology(table: dict[str, Any], path: Path) -> dict[str, Any]:

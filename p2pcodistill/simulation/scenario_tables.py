@@ -1,16 +1,12 @@
-"""The tables of a scenario file that say something of simulations only: sites, data, links, virtual time, the report."""
+"""The tables of a scenario file that say something of simulations only: sites, data, virtual time, the report."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from p2pcodistill.simulation.arm_config import Sharing
 from p2pcodistill.strict import NonNegativeFloat, PositiveFloat, PositiveInt, SiteName, StrictModel
-
-SitePair = Annotated[tuple[SiteName, ...], Field(min_length=2, max_length=2)]
 
 
 class SiteConfig(StrictModel):
@@ -34,6 +30,9 @@ class DataConfig(StrictModel):
     """Files or folders that every site of every arm is evaluated on; empty: a part of `paths`."""
     sharing: Sharing = "disjoint"
     """`disjoint`: each site has a part of its own. `same`: each has the data of all sites, in an order of its own."""
+    shard_by: Literal["hash", "path"] = "hash"
+    """How files of text are dealt to sites: `hash`: at random, all alike; `path`: each site has folders of its own, unlike
+    those of others."""
     max_bytes_per_site: PositiveInt = 500_000
     """Text, for the language model; of other tasks, `task.max_examples` limits what a site trains on."""
     max_held_out_bytes: PositiveInt = 32_768
@@ -42,31 +41,6 @@ class DataConfig(StrictModel):
     """Train so many word pieces on the text of all sites, for the language model; none: `task.vocabulary`, or bytes."""
     unlabelled: bool = False
     """Split off one share of text more, which arms that set `task.unlabelled_batch_size` distil on without its labels."""
-
-
-class LinkConfig(StrictModel):
-    """What the connection between two sites can carry, in each direction."""
-
-    between: SitePair | Literal["all"]
-    """The two sites, or `"all"`: what each link carries that neither has a table of its own nor attributes in the topology's
-    file."""
-    bandwidth_mbit: PositiveFloat | None = None
-    """Megabits per second; left out: unlimited."""
-    latency_ms: NonNegativeFloat = 0.0
-    """One-way delay."""
-    jitter_ms: NonNegativeFloat = 0.0
-    """Random part of the delay, uniform between 0 and this, on top of `latency_ms`."""
-    loss_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of packets that are lost and sent again."""
-    reset_interval_s: PositiveFloat | None = None
-    """The connection is cut (TCP reset) this often; left out: never."""
-    max_upload_mbit: PositiveFloat | None = None
-    """What each of the two nodes sends to the other at most, as in a node's file; left out: no cap."""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return "all" if self.between == "all" else " and ".join(sorted(self.between))
 
 
 class VirtualConfig(StrictModel):

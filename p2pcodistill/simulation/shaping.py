@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from p2pcodistill.transport.base import split_address
 
 if TYPE_CHECKING:
-    from p2pcodistill.simulation.scenario_tables import LinkConfig
+    from p2pcodistill.simulation.link_config import LinkConfig
 
 PACKET_BYTES = 1460
 """What is lost together, and the largest segment on a link of limited bandwidth."""

@@ -9,7 +9,14 @@ from pathlib import Path
 from p2pcodistill.errors import ConfigError, DataError
 from p2pcodistill.task_configs import LanguageModelConfig, is_hub_source
 from p2pcodistill.tasks.hub_text import split_hub_text
-from p2pcodistill.tasks.text import Documents, TextSplit, split_text, standard_library_files, text_files
+from p2pcodistill.tasks.text import (
+    Documents,
+    ShardBy,
+    TextSplit,
+    split_text,
+    standard_library_files,
+    text_files,
+)
 from p2pcodistill.tasks.vocabulary import read_vocabulary_file
 
 
@@ -38,12 +45,16 @@ def split_corpus(
     num_shards: int,
     max_shard_bytes: int | None,
     max_held_out_bytes: int,
+    shard_by: ShardBy = "hash",
 ) -> TextSplit:
     """Split the text of `paths` into held-out text and shards: files, `hf:` data sets, or (no paths) the standard library.
 
-    Raises DataError for text that is missing or too short, and for a mixture of files and data sets.
+    Raises DataError for text that is missing or too short, for a mixture of files and data sets, and for data sets to be
+    split by path.
     """
     if comes_from_hub(paths):
+        if shard_by == "path":
+            raise DataError(f"{paths[0]}: data sets have no paths to split by: leave out data.shard_by")
         return split_hub_text(
             paths,
             text_column,
@@ -56,6 +67,7 @@ def split_corpus(
         num_shards=num_shards,
         max_shard_bytes=max_shard_bytes,
         max_held_out_bytes=max_held_out_bytes,
+        shard_by=shard_by,
     )
 
 

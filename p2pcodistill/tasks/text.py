@@ -18,7 +18,7 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from p2pcodistill.errors import DataError
 
@@ -33,6 +33,7 @@ _MIN_PIECES = 16
 _HELD_OUT_SHARE = 8
 
 
+ShardBy: TypeAlias = Literal["hash", "path"]
 Documents: TypeAlias = tuple[bytes, ...]
 """Texts in UTF-8 that stand for themselves: files, or pieces of them."""
 
@@ -97,13 +98,18 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def split_text(
-    files: Sequence[Path], *, num_shards: int, max_shard_bytes: int | None, max_held_out_bytes: int
+    files: Sequence[Path],
+    *,
+    num_shards: int,
+    max_shard_bytes: int | None,
+    max_held_out_bytes: int,
+    shard_by: ShardBy = "hash",
 ) -> TextSplit:
     """Split the text of `files` into held-out text and `num_shards` disjoint shards.
 
     The held-out text is a mix: a piece from the middle of each of many files, of which nothing else is used.
     It is at most `max_held_out_bytes` and an eighth of the files (0: no held-out text). The other files are
-    dealt round the shards.
+    dealt round the shards or, by `path`, each shard gets neighbours of each other: folders of its own.
 
     Raises DataError when there is not enough text for every part.
     """
@@ -115,7 +121,7 @@ def split_text(
         held_out = _take_pieces(ordered[:max_files], max_held_out_bytes, max_piece_bytes)
         ordered = ordered[len(held_out) :]
     if len(ordered) >= num_shards and (held_out or not max_held_out_bytes):
-        dealt = (ordered[index::num_shards] for index in range(num_shards))
+        dealt = _deal(ordered, num_shards, shard_by)
         split = TextSplit(held_out, tuple(_take_shard(shard, max_shard_bytes) for shard in dealt))
     else:
         text = b"".join(map(_read, ordered))
@@ -172,6 +178,16 @@ def _in_hash_order(files: Sequence[Path]) -> list[Path]:
         return hashlib.sha256(file.relative_to(root).as_posix().encode(errors="surrogateescape")).digest()
 
     return sorted(absolute, key=digest)
+
+
+def _deal(in_hash_order: Sequence[Path], num_shards: int, shard_by: ShardBy) -> list[list[Path]]:
+    if shard_by == "hash":
+        return [list(in_hash_order[index::num_shards]) for index in range(num_shards)]
+    position = {file: index for index, file in enumerate(in_hash_order)}
+    by_path = sorted(in_hash_order)
+    bounds = [len(by_path) * index // num_shards for index in range(num_shards + 1)]
+    # Mixed within a shard: one that is limited in size takes the first.
+    return [sorted(by_path[start:end], key=position.__getitem__) for start, end in itertools.pairwise(bounds)]
 
 
 # --- splitting ----------------------------------------------------------------------------------------------

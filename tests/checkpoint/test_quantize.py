@@ -88,6 +88,22 @@ def test_ternary_codes_are_what_is_beyond_the_threshold_and_its_mean():
     assert symbols.tolist() == [2 + 0 * 3 + 1 * 9 + 1 * 27] + [40] * (BLOCK_ELEMENTS // 4 - 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ALPHABETS)
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3])
+def test_what_is_only_rounded_away_has_not_moved(scale, name, dtype):
+    """Whether weights are rounded first, or the dead zone is as wide as the rounding of the largest one."""
+    weights = scale * make_pair(3 * BLOCK_ELEMENTS + 7)[0]
+    reference = weights.to(dtype)
+    largest = float(weights.abs().max())
+    widest = float((weights - reference.float()).abs().max())
+    for step in (widest / 3, widest, 2 * widest, largest):
+        moved = reference.clone()
+        _, symbols = Quantizer(CPU).encode(weights, moved, ALPHABETS[name], step, largest=largest)
+        assert (symbols == ALPHABETS[name].zero_symbol).all()
+        assert torch.equal(moved, reference)
+
+
 def test_blocks_in_which_nothing_moves_have_no_scale():
     weights, reference = make_pair(4 * BLOCK_ELEMENTS)
     weights[BLOCK_ELEMENTS : 3 * BLOCK_ELEMENTS] = reference[BLOCK_ELEMENTS : 3 * BLOCK_ELEMENTS].float()

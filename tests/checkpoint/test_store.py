@@ -17,6 +17,7 @@ import msgpack
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from patience import GENEROUS_S
 
 from p2pcodistill.checkpoint.manifest import (
     MIN_CHUNK_BYTES,
@@ -37,7 +38,6 @@ STRANGER = Identity.from_secrets(b"\3" * 32, b"\3" * 32)
 KEYS = {"berlin": BERLIN.public, "tokyo": TOKYO.public}
 FRAME_BYTES = 3 * MIN_CHUNK_BYTES + 100
 ALL = frozenset(range(4))
-GENEROUS_S = 30.0
 
 
 def make_frame(
@@ -700,7 +700,7 @@ def test_a_damaged_site_file_is_named_and_nothing_is_touched(
     assert files_of(folder) == before
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60)
 @given(st.data())
 def test_a_damaged_manifest_file_costs_at_most_its_frame(tmp_path: Path, data: st.DataObject) -> None:
     folder = tmp_path / "store"

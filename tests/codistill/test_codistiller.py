@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from patience import GENEROUS_S
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -182,6 +183,39 @@ def test_logits_without_classes_are_told_at_the_first_step(exchange: ScriptedExc
     codistiller = joined(nn.Linear(3, 1), exchange, IN_BURN_IN)
     with pytest.raises(ConfigError, match="two or more classes"):
         codistiller.loss(torch.zeros(2, 1), torch.ones(2, 3))
+
+
+def test_each_teacher_that_runs_does_so_once_a_batch() -> None:
+    ran: list[nn.Module] = []
+
+    def forward(module: nn.Module, inputs: Any, state: Any) -> tuple[Tensor, Any]:
+        ran.append(module)
+        return module(inputs), None
+
+    board = MemoryBoard()
+    for name in ("tokyo", "lagos"):
+        board.exchange(name, ()).publish(take_snapshot(linear(0), 1))
+    model = linear(0)
+    codistiller = Codistiller(
+        model,
+        EACH_STEP,
+        exchange=board.exchange("berlin", ("tokyo", "lagos")),
+        teachers=[{"tokyo": 2.0, "lagos": 1.0}, {"tokyo": 1.0}],
+        num_students=0,
+        forward=forward,
+    )
+    inputs, targets = torch.randn(5, 3), torch.zeros(5, dtype=torch.int64)
+    codistiller.loss(model(inputs), inputs, targets)  # tries one of them out
+    codistiller.step()
+    nums_run = []
+    for _ in range(8):
+        ran.clear()
+        num_running = codistiller.num_running_teachers
+        codistiller.loss(model(inputs), inputs, targets)
+        codistiller.step()
+        assert len(ran) == len(set(ran)) == num_running
+        nums_run.append(num_running)
+    assert {1, 2} <= set(nums_run), "by the tables of the schedule, in turn"
 
 
 def test_the_trial_happens_once_and_leaves_no_trace(exchange: ScriptedExchange) -> None:
@@ -582,13 +616,14 @@ def rank_main(rank: int, folder: Path) -> None:
 
 
 def test_two_ranks_swap_at_the_same_steps_and_stay_equal(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "GLOO_SOCKET_IFNAME": "lo"}
+    path = os.pathsep.join(str(Path(__file__).parents[index]) for index in (1, 2))
+    environment = os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment)
         for rank in range(2)
     ]
     try:
-        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=GENEROUS_S) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from patience import GENEROUS_S
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -566,13 +567,14 @@ def rank_main(rank: int, folder: Path) -> None:
 
 
 def test_two_ranks_with_different_batches_and_clocks_decide_alike(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "GLOO_SOCKET_IFNAME": "lo"}
+    path = os.pathsep.join(str(Path(__file__).parents[index]) for index in (1, 2))
+    environment = os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment)
         for rank in range(2)
     ]
     try:
-        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=GENEROUS_S) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

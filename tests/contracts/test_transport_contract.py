@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 
 import psutil
 import pytest
+from patience import GENEROUS_S
 
 from p2pcodistill.errors import AddressError
 from p2pcodistill.gossip.messages import Lane
@@ -29,7 +30,6 @@ from p2pcodistill.transport.memory import MemoryNetwork, MemoryTransport
 from p2pcodistill.transport.sockets import Timing
 from p2pcodistill.transport.zeromq import PeerEndpoint, ZeroMQTransport
 
-GENEROUS_S = 30.0
 TIMING = Timing(keep_alive_s=0.05, min_redial_s=0.01, max_redial_s=0.05, refusal_interval_s=0.01)
 E = TypeVar("E")
 
@@ -163,22 +163,29 @@ async def test_a_lane_keeps_its_order(sites: Sites) -> None:
 
 async def test_bulk_that_piles_up_is_refused_and_delays_no_control(sites: Sites) -> None:
     a, b = await open_pair(sites)
-    num_bulk = 0
-    while a.send("b", Lane.BULK, [b"%d" % num_bulk, bytes(1 << 18)]):
-        num_bulk += 1
-    assert a.send("b", Lane.CONTROL, [b"urgent"])
-    lanes, bulk = [], []
-    while len(lanes) <= num_bulk:
-        event = await expect(b, Received)
-        lanes.append(event.lane)
-        if event.lane is Lane.BULK:
-            bulk.append(int(event.payload[0]))
-    assert bulk == list(range(num_bulk)), "what was accepted arrives, in order"
-    assert num_bulk > 1
-    assert lanes.index(Lane.CONTROL) < num_bulk, (
-        "sent last, it overtakes: by how much depends on what the cores do"
-    )
+    has_overtaken, num_rounds = False, 0
+    # By how much it overtakes depends on what the cores do, now and then it does not: in one queue it never would.
+    while not has_overtaken and num_rounds < 20:
+        num_rounds += 1
+        num_bulk = 0
+        while a.send("b", Lane.BULK, [b"%d" % num_bulk, bytes(1 << 18)]):
+            num_bulk += 1
+        assert num_bulk > 1
+        assert a.send("b", Lane.CONTROL, [b"urgent"])
+        received = [await expect(b, Received) for _ in range(num_bulk + 1)]
+        bulk = [int(event.payload[0]) for event in received if event.lane is Lane.BULK]
+        assert bulk == list(range(num_bulk)), "what was accepted arrives, in order"
+        has_overtaken = received[-1].lane is Lane.BULK
+        await until_told(a, "b")
+    assert has_overtaken, "sent last, it overtakes"
     await close(a, b)
+
+
+async def until_told(transport: Transport, peer: str) -> None:
+    """Return when `peer` has said that all bulk has arrived, so that there is room for more."""
+    async with asyncio.timeout(GENEROUS_S):
+        while transport.traffic()[peer].num_bytes_under_way:  # noqa: ASYNC110
+            await asyncio.sleep(0)
 
 
 async def test_sending_needs_a_session_a_peer_and_a_payload_within_the_caps(sites: Sites) -> None:
@@ -305,8 +312,7 @@ async def test_bulk_that_nobody_takes_is_bounded_in_bytes_and_shown(sites: Sites
     async with asyncio.timeout(GENEROUS_S):
         for _ in range(num_sent):
             assert isinstance(await b.receive(), Received)
-        while a.traffic()["b"].num_bytes_under_way:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+    await until_told(a, "b")
     assert b.traffic()["a"].num_bytes_under_way == 0
     await close(a, b)
 

@@ -22,8 +22,8 @@ from p2pcodistill.checkpoint.manifest import (
     verify_manifest,
 )
 from p2pcodistill.errors import SignatureError
-from p2pcodistill.gossip.messages import Chunk, Gone, Message, Want, decode_message, encode_message, lane_of
-from p2pcodistill.gossip.protocol import (
+from p2pcodistill.gossip.codec import decode_message, encode_message
+from p2pcodistill.gossip.events import (
     AbandonFrame,
     Action,
     BeginFetch,
@@ -35,7 +35,6 @@ from p2pcodistill.gossip.protocol import (
     FrameLost,
     FramePublished,
     FrameStored,
-    Gossip,
     OfferFrame,
     PayloadReceived,
     PeerClosed,
@@ -48,8 +47,18 @@ from p2pcodistill.gossip.protocol import (
     ServeChunk,
     StoreChunk,
     Ticked,
-    members_digest,
 )
+from p2pcodistill.gossip.finishing import finished_text
+from p2pcodistill.gossip.membership import members_digest
+from p2pcodistill.gossip.messages import (
+    Chunk,
+    Finished,
+    Gone,
+    Message,
+    Want,
+    lane_of,
+)
+from p2pcodistill.gossip.protocol import Gossip
 from p2pcodistill.identity import Identity, PublicIdentity
 from p2pcodistill.telemetry import node_events
 from p2pcodistill.telemetry.event import Event as TelemetryEvent
@@ -137,6 +146,13 @@ class Sites:
             for step in range(1, last_step + 1)
         ]
         return [self.frame(origin, 0, num_chunks=9, num_fp16_bytes=10 * MIN_CHUNK_BYTES), *deltas]
+
+    def finished(
+        self, member: str, *, incarnation: int = 0, run: str = RUN, signer: str | None = None
+    ) -> Finished:
+        """That the training of `member` is over, as it (or, falsely, `signer`) signed it."""
+        text = finished_text(run, member, incarnation)
+        return Finished(member, incarnation, self.identities[signer or member].sign(text))
 
     def net(self, *nodes: Node, apart: Sequence[tuple[str, str]] = ()) -> Net:
         """The nodes, connected but for the pairs that are `apart`."""
@@ -240,6 +256,7 @@ class Node:
                 if origin != name and (frames := self.store.frames_of(origin))
             },
             "max_frame_bytes": MAX_FRAME_BYTES,
+            "sign": sites.identities[name].sign,
             "window_bytes": window_bytes,
             "ping_interval_s": float("inf"),
         }

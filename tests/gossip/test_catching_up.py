@@ -9,6 +9,17 @@ import pytest
 
 from p2pcodistill.checkpoint.chain import MAX_CHAIN_FRAMES
 from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES, Version
+from p2pcodistill.gossip.codec import decode_message
+from p2pcodistill.gossip.events import (
+    ChainBroken,
+    DropChain,
+    PayloadReceived,
+    PeerClosed,
+    PeerOpened,
+    RequestKeyframe,
+    TrainingFinished,
+)
+from p2pcodistill.gossip.membership import members_digest
 from p2pcodistill.gossip.messages import (
     PROTOCOL_VERSION,
     Announce,
@@ -18,17 +29,6 @@ from p2pcodistill.gossip.messages import (
     Lane,
     Message,
     Want,
-    decode_message,
-)
-from p2pcodistill.gossip.protocol import (
-    ChainBroken,
-    DropChain,
-    PayloadReceived,
-    PeerClosed,
-    PeerOpened,
-    RequestKeyframe,
-    TrainingFinished,
-    members_digest,
 )
 from p2pcodistill.telemetry.node_events import VersionAnnounced
 

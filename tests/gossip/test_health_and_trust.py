@@ -8,9 +8,9 @@ import pytest
 
 from p2pcodistill.checkpoint.manifest import Version
 from p2pcodistill.errors import FloodedError, MalformedError, QuarantinedError
+from p2pcodistill.gossip.events import MemberRestored, MemberRevoked, PayloadReceived, Ticked
 from p2pcodistill.gossip.health import NUM_PINGS_UNTIL_SUSPECT, Health
-from p2pcodistill.gossip.messages import Announce, Chunk, Finished, Ping, Pong, Refusal, Want
-from p2pcodistill.gossip.protocol import MemberRestored, MemberRevoked, PayloadReceived, Ticked
+from p2pcodistill.gossip.messages import Announce, Chunk, Ping, Pong, Refusal, Want
 from p2pcodistill.gossip.trust import (
     FIRST_QUARANTINE_S,
     MAX_BURST_MESSAGES,
@@ -91,7 +91,7 @@ def test_nodes_ping_each_other_and_learn_the_round_trip(sites: Any) -> None:
         tokyo.feed(Ticked())
     assert tokyo.gossip.suspects == ("lima",)
     assert any(isinstance(event, node_events.PeerSuspected) for event in tokyo.events)
-    tokyo.receive("lima", Finished())
+    tokyo.receive("lima", Ping(7))
     assert tokyo.gossip.suspects == ()
     assert isinstance(tokyo.events[-1], node_events.PeerRecovered)
 

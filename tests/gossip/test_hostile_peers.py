@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES, Version
-from p2pcodistill.gossip.membership import MAX_CREDIBLE_INCARNATION
+from p2pcodistill.gossip.events import MemberRevoked, PeerOpened, Ticked
+from p2pcodistill.gossip.membership import MAX_CREDIBLE_INCARNATION, members_digest
 from p2pcodistill.gossip.messages import (
     PROTOCOL_VERSION,
     Announce,
@@ -20,7 +21,6 @@ from p2pcodistill.gossip.messages import (
     Refusal,
     Want,
 )
-from p2pcodistill.gossip.protocol import MemberRevoked, PeerOpened, Ticked, members_digest
 from p2pcodistill.gossip.relay import NEWS_FACTOR, PATH_PATIENCE_S
 from p2pcodistill.gossip.serving import READER_IDLE_S
 from p2pcodistill.telemetry import node_events

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from p2pcodistill.checkpoint.chain import MAX_CHAIN_FRAMES
 from p2pcodistill.checkpoint.manifest import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, Version
 from p2pcodistill.errors import MalformedError, OversizedError
+from p2pcodistill.gossip.codec import MAX_HEADER_BYTES, decode_message, encode_message
 from p2pcodistill.gossip.messages import (
     MAX_HAVE_BYTES,
-    MAX_HEADER_BYTES,
     MAX_WANT_INDICES,
     MAX_WHY_CHARS,
     PROTOCOL_VERSION,
@@ -32,8 +32,6 @@ from p2pcodistill.gossip.messages import (
     Refusal,
     Unfollow,
     Want,
-    decode_message,
-    encode_message,
     lane_of,
 )
 
@@ -67,7 +65,7 @@ messages = st.one_of(
     ),
     st.builds(Chunk, frame_ids, numbers, st.binary(max_size=300)),
     st.builds(Gone, frame_ids),
-    st.builds(Finished, st.none() | names),
+    st.builds(Finished, names, numbers, st.binary(min_size=64, max_size=64)),
     st.builds(
         Refusal,
         st.text(st.sampled_from("abc-"), min_size=1, max_size=32),
@@ -164,7 +162,9 @@ def pack(*fields: object) -> bytes:
         ((msgpack.packb(6),), "type code"),
         ((pack(99),), "type code 99"),
         ((pack(6) + b"x",), "does not parse"),
-        ((pack(6),), "FINISHED has 1 fields, not 0"),
+        ((pack(6),), "FINISHED has 3 fields, not 0"),
+        ((pack(6, "berlin", 1, bytes(63)),), "signature has 64 bytes, not 63"),
+        ((pack(6, None, 1, bytes(64)),), "origin's name must be of type str"),
         ((pack(5),), "GONE has 1 fields, not 0"),
         ((pack(5, RAW_ID), b"bulk"), "GONE does not come in 2 part"),
         ((pack(4, RAW_ID, 0),), "CHUNK does not come in 1 part"),
@@ -264,8 +264,7 @@ def test_only_chunks_are_bulk() -> None:
             Pong(1),
             Want(FRAME_ID, (0,)),
             Gone(FRAME_ID),
-            Finished(),
-            Finished("berlin"),
+            Finished("berlin", 1, bytes(64)),
             Refusal("malformed", ""),
         )
     } == {Lane.CONTROL}

@@ -7,18 +7,17 @@ from typing import Any
 import pytest
 
 from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES, Version
+from p2pcodistill.gossip.events import FrameLost, TrainingFinished
 from p2pcodistill.gossip.messages import (
     Announce,
     CatchUp,
     Chunk,
-    Finished,
     Follow,
     Gone,
     Have,
     NoPath,
     Unfollow,
 )
-from p2pcodistill.gossip.protocol import FrameLost, TrainingFinished
 from p2pcodistill.gossip.relay import MAX_RELAYED_ORIGINS, RELAY_GRACE_S
 from p2pcodistill.telemetry import node_events
 
@@ -448,10 +447,10 @@ def test_others_are_told_once_that_a_peer_has_finished_however_often_it_says_so(
     oslo.take_messages()
 
     for _ in range(2):
-        oslo.receive("lima", Finished(None))
+        oslo.receive("lima", sites.finished("lima"))
     oslo.receive("lima", Follow("tokyo", None, 0))
 
-    assert oslo.take_messages() == [("tokyo", Finished("lima"))]
+    assert oslo.take_messages() == [("tokyo", sites.finished("lima"))]
 
 
 def test_a_student_is_told_its_end_by_way_of_its_relay_only_while_that_is_there(sites: Any) -> None:
@@ -467,42 +466,20 @@ def test_a_student_is_told_its_end_by_way_of_its_relay_only_while_that_is_there(
     assert not lima.gossip.teachers_told
 
 
-def test_of_fellow_students_only_one_that_is_followed_is_believed_about_another(sites: Any) -> None:
+def test_a_teacher_learns_of_the_end_of_a_student_that_it_has_met_and_lost(sites: Any) -> None:
     tokyo, berlin, lima = teacher(sites, ("berlin", "lima")), student(sites, "berlin"), student(sites, "lima")
-    net = sites.net(tokyo, berlin, lima, apart=[("tokyo", "lima")])
+    net = sites.net(tokyo, berlin, lima)
     net.settle()
-    tokyo.receive("berlin", Finished(None))
-    tokyo.receive("berlin", Finished("lima"))
-    assert not tokyo.gossip.students_finished, "lima does not follow berlin"
-
+    net.cut("tokyo", "lima")
     net.wait(0.0)
     net.wait(RELAY_AFTER_S)
-    assert net.history["berlin", "tokyo"].count(Follow("tokyo", None, 0)) == 1
+    berlin.feed(TrainingFinished())
     lima.feed(TrainingFinished())
     net.settle()
 
-    assert tokyo.gossip.students_finished
+    assert net.history["berlin", "tokyo"][-1] == sites.finished("lima"), "as lima signed it"
+    assert tokyo.gossip.students_finished and lima.gossip.teachers_told
     assert not any(node.refusals() for node in net.nodes.values())
-
-
-def test_nobody_is_believed_about_a_student_that_has_spoken_for_itself_or_without_relaying_it(
-    sites: Any,
-) -> None:
-    tokyo, lima, oslo = teacher(sites, ("lima",)), student(sites, "lima"), sites.node("oslo")
-    net = sites.net(tokyo, lima, oslo)
-    net.settle()
-    net.cut("tokyo", "lima")
-    tokyo.receive("oslo", Follow("tokyo", None, 0))
-    tokyo.receive("oslo", Finished("lima"))
-    assert not tokyo.gossip.students_finished
-
-    never_met = teacher(sites, ("lima",))
-    sites.net(never_met, sites.node("oslo")).settle()
-    never_met.receive("oslo", Finished("lima"))
-    assert not never_met.gossip.students_finished, "oslo relays nobody"
-    never_met.receive("oslo", Follow("tokyo", None, 0))
-    never_met.receive("oslo", Finished("lima"))
-    assert never_met.gossip.students_finished
 
 
 def test_the_manifests_of_an_origin_take_no_more_memory_than_a_path_may(

@@ -10,21 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pcodistill.checkpoint.manifest import Version
-from p2pcodistill.gossip.membership import MAX_CREDIBLE_INCARNATION
-from p2pcodistill.gossip.messages import (
-    PROTOCOL_VERSION,
-    Announce,
-    Chunk,
-    Finished,
-    Gone,
-    Hello,
-    Lane,
-    Message,
-    Refusal,
-    Want,
-    encode_message,
-)
-from p2pcodistill.gossip.protocol import (
+from p2pcodistill.gossip.codec import encode_message
+from p2pcodistill.gossip.events import (
     AbandonFrame,
     BeginFetch,
     FetchRefused,
@@ -41,7 +28,19 @@ from p2pcodistill.gossip.protocol import (
     ServeChunk,
     Ticked,
     TrainingFinished,
-    members_digest,
+)
+from p2pcodistill.gossip.membership import MAX_CREDIBLE_INCARNATION, members_digest
+from p2pcodistill.gossip.messages import (
+    PROTOCOL_VERSION,
+    Announce,
+    Chunk,
+    Finished,
+    Gone,
+    Hello,
+    Lane,
+    Message,
+    Refusal,
+    Want,
 )
 from p2pcodistill.telemetry.node_events import (
     FrameFetched,
@@ -141,7 +140,9 @@ def test_a_session_that_replaces_another_starts_anew(student: Any) -> None:
     assert [type(event) for event in student.events] == [PeerConnected, PeerDisconnected, PeerConnected]
 
 
-@pytest.mark.parametrize("message", [Finished(), Gone("00" * 32), Refusal("malformed", "why")])
+@pytest.mark.parametrize(
+    "message", [Finished("tokyo", 1, bytes(64)), Gone("00" * 32), Refusal("malformed", "why")]
+)
 def test_nothing_counts_before_the_hello(student: Any, message: Message) -> None:
     student.feed(PeerOpened("tokyo"))
 
@@ -181,7 +182,7 @@ def test_being_refused_is_reported_and_ends_the_session(student: Any) -> None:
     connect(student, "tokyo")
 
     student.receive("tokyo", Refusal("hello-mismatch", "berlin has another topology"))
-    student.receive("tokyo", Finished())
+    student.receive("tokyo", Gone("00" * 32))
 
     why = "tokyo refuses us: berlin has another topology"
     assert student.events[1:] == [
@@ -632,21 +633,21 @@ def test_finished_is_said_to_all_and_to_those_who_come_later(sites: Any) -> None
     connect(node, "tokyo")
 
     node.feed(TrainingFinished())
-    assert node.take_messages() == [("tokyo", Finished())]
+    assert node.take_messages() == [("tokyo", sites.finished("berlin"))]
     connect(node, "lima")
-    assert node.take_messages() == [("lima", Finished())]
+    assert node.take_messages() == [("lima", sites.finished("berlin"))]
 
 
 def test_the_students_have_finished_when_each_has_said_so(sites: Any) -> None:
     node = sites.node("berlin", teachers=("tokyo",), students=("tokyo", "lima"))
     connect(node, "tokyo")
-    node.receive("tokyo", Finished())
+    node.receive("tokyo", sites.finished("tokyo", incarnation=1))
     node.feed(PeerClosed("tokyo", "it is done"))
     assert not node.gossip.students_finished
 
     connect(node, "lima")
     assert not node.gossip.students_finished
-    node.receive("lima", Finished())
+    node.receive("lima", sites.finished("lima", incarnation=1))
 
     assert node.gossip.students_finished
 
@@ -655,14 +656,14 @@ def test_the_teachers_are_told_when_each_has_a_session_or_has_finished_itself(si
     node = sites.node("berlin", teachers=("tokyo", "lima", "oslo"))
     connect(node, "tokyo")
     connect(node, "lima")
-    node.receive("lima", Finished())
+    node.receive("lima", sites.finished("lima", incarnation=1))
     node.feed(TrainingFinished())
     assert not node.gossip.teachers_told, "oslo is not there"
 
     node.feed(PeerOpened("oslo"))
     assert not node.gossip.teachers_told, "it has not said hello"
     connect(node, "oslo")
-    assert ("oslo", Finished()) in node.take_messages()
+    assert ("oslo", sites.finished("berlin")) in node.take_messages()
     node.feed(PeerClosed("lima", "it is done"))
     assert node.gossip.teachers_told
 

@@ -19,22 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES, Version, claimed_origin
+from p2pcodistill.gossip.codec import decode_message, encode_message
 from p2pcodistill.gossip.download import MAX_BAD_CHUNKS
-from p2pcodistill.gossip.messages import (
-    Announce,
-    CatchUp,
-    Chunk,
-    Follow,
-    Gone,
-    Have,
-    Lane,
-    Payload,
-    Unfollow,
-    Want,
-    decode_message,
-    encode_message,
-)
-from p2pcodistill.gossip.protocol import (
+from p2pcodistill.gossip.events import (
     ChainBroken,
     FramePublished,
     IncarnationRaised,
@@ -43,6 +30,19 @@ from p2pcodistill.gossip.protocol import (
     PeerOpened,
     Ticked,
     TrainingFinished,
+)
+from p2pcodistill.gossip.messages import (
+    Announce,
+    CatchUp,
+    Chunk,
+    Finished,
+    Follow,
+    Gone,
+    Have,
+    Lane,
+    Payload,
+    Unfollow,
+    Want,
 )
 from p2pcodistill.telemetry.node_events import FrameFetched, FrameRelayed, PeerQuarantined
 
@@ -315,7 +315,7 @@ class Network(RuleBasedStateMachine):
         self.queues[link][Lane.BULK].popleft()
         self.faults["lost chunk"] += 1
 
-    @rule(link=links, kind=st.sampled_from([Announce, Chunk, Want]), data=st.data())
+    @rule(link=links, kind=st.sampled_from([Announce, Chunk, Want, Finished]), data=st.data())
     def replay(self, link: tuple[str, str], kind: type, data: st.DataObject) -> None:
         earlier = [payload for payload in self.seen[link] if isinstance(decode_message(payload), kind)]
         if earlier:
@@ -340,6 +340,21 @@ class Network(RuleBasedStateMachine):
             payload = (b"\xc1", garbage)
         self.feed(destination, PayloadReceived(source, payload))
         assert forged.frame_id not in self.nodes[destination].gossip.frames_in_use(self.now_s)
+
+    @rule(link=links, member=names)
+    def lie_about_an_end(self, link: tuple[str, str], member: str) -> None:
+        source, destination = link
+        if source != member != destination:
+            self.faults["forged end"] += 1
+            forged = self.sites.finished(member, incarnation=99, signer=source)
+            refused = self.feed(destination, PayloadReceived(source, encode_message(forged)))
+            is_heard = source in self.nodes[destination].gossip.peers_ready
+            assert (
+                "bad-signature" in refused
+                or not is_heard
+                or "quarantined" in refused
+                or "flooding" in refused
+            )
 
     @rule(site=nodes, is_full=st.sampled_from([True, True, True, False]))
     def fill_or_clear_the_disk(self, site: str, is_full: bool) -> None:
@@ -377,6 +392,15 @@ class Network(RuleBasedStateMachine):
         self.nodes[site] = self.new_node(site, self.nodes[site].store)
         self.raise_incarnations(site)
 
+    @precondition(lambda self: self.num_restarts < 3)
+    @rule(site=names, num_control=st.integers(0, 12))
+    def finish_and_begin_again(self, site: str, num_control: int) -> None:
+        """The training of a site is over; then it is started once more, to train on."""
+        self.faults["begun again"] += 1
+        self.feed(site, TrainingFinished())
+        self.flow(num_control, num_bulk=0)
+        self.restart(site)
+
     @precondition(lambda self: not any(self.num_lives.values()))
     @rule(site=names)
     def lose_the_disk(self, site: str) -> None:
@@ -411,13 +435,14 @@ class Network(RuleBasedStateMachine):
             self.publish(site, num_chunks=4, steps=1)
         self.settle()
         assert self.frames_match()
+        assert not any(self.nodes[site].gossip.students_finished for site in SITES)
         for site in SITES:
             self.feed(site, TrainingFinished())
         self.settle()
         if self.is_blocked:
             self.faults["never connected"] += 1
         for node in self.nodes.values():
-            assert node.gossip.students_finished or self.is_blocked
+            assert node.gossip.students_finished
             node.prune()
             # Of a life that its origin has forgotten, half a frame may stay until that life's version is passed.
             assert was_memory_lost or not node.store.partials
@@ -446,6 +471,8 @@ def test_every_student_ends_with_the_newest_checkpoint_of_its_teachers(sites: An
         "lost chunk",
         "replay",
         "forgery",
+        "forged end",
+        "begun again",
         "garbage",
         "restart",
         "lost disk",

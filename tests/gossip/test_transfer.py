@@ -8,6 +8,7 @@ import pytest
 
 from p2pcodistill.checkpoint.manifest import MIN_CHUNK_BYTES
 from p2pcodistill.gossip import window
+from p2pcodistill.gossip.codec import decode_message
 from p2pcodistill.gossip.download import MAX_BAD_CHUNKS
 from p2pcodistill.gossip.events import (
     AbandonFrame,
@@ -19,7 +20,7 @@ from p2pcodistill.gossip.events import (
     StoreChunk,
     send,
 )
-from p2pcodistill.gossip.messages import MAX_WANT_INDICES, CatchUp, Chunk, Want, decode_message
+from p2pcodistill.gossip.messages import MAX_WANT_INDICES, CatchUp, Chunk, Want
 from p2pcodistill.gossip.transfer import Transfers
 from p2pcodistill.telemetry.node_events import Refused
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import pytest
 import torch
+from patience import GENEROUS_S
 
 from p2pcodistill.config import (
     GROUP_SPEC_VARIABLE,
@@ -43,7 +44,6 @@ torch.set_num_threads(1)
 Message = TypeVar("Message", bound=RankMessage)
 
 TOKEN = "token"
-WAIT_S = 30.0
 
 
 class StubNode:
@@ -68,7 +68,7 @@ class StubNode:
         async def run():
             return await function(*arguments)
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(WAIT_S)
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(GENEROUS_S)
 
     async def _open(self, folder: Path) -> NodeLink:
         link = NodeLink(folder / "link")
@@ -96,7 +96,7 @@ class StubNode:
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition` holds after a message."""
         with self._changed:
-            assert self._changed.wait_for(condition, WAIT_S), self.messages
+            assert self._changed.wait_for(condition, GENEROUS_S), self.messages
 
     def wait_for_event(self, kind: type[Event]) -> None:
         """Wait until the latest launch has reported an event of that kind."""

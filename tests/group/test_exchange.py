@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import GENEROUS_S
 from torch import nn
 
 import p2pcodistill
@@ -166,7 +167,7 @@ def test_other_ranks_only_decode(spec: GroupSpec, stub_node, tmp_path: Path) -> 
     assert exchange.inbox().offers == {}
     found = write_frame(tmp_path, nn.Linear(3, 4), 9)
     frames = tuple(ChainFile(*frame) for frame in found.frames)
-    assert exchange.prepare(Offer("tokyo", 0, 9, found.folder, frames)).result(timeout=30).step == 9
+    assert exchange.prepare(Offer("tokyo", 0, 9, found.folder, frames)).result(timeout=GENEROUS_S).step == 9
     exchange.close()
     assert stub_node.messages == []
 
@@ -266,7 +267,7 @@ def test_a_script_that_just_ends_has_handed_over_what_it_published(
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=GENEROUS_S,
         check=False,
     )
     assert (result.returncode, result.stderr) == (0, "")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from patience import GENEROUS_S
 
 from p2pcodistill.group.guard import KILLED_STATUS
 
@@ -43,7 +44,7 @@ def pids_of(process: subprocess.Popen[str]) -> dict[str, int]:
 
 def assert_gone(pids: dict[str, int]) -> None:
     living = [psutil.Process(pid) for pid in pids.values() if psutil.pid_exists(pid)]
-    _, alive = psutil.wait_procs(living, timeout=10)
+    _, alive = psutil.wait_procs(living, timeout=GENEROUS_S)
     assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
 
 
@@ -51,21 +52,21 @@ def test_closing_the_pipe_kills_the_whole_tree():
     with start("signal.pause()") as guard:
         tree = pids_of(guard)
         guard.stdin.close()
-        assert guard.wait(10) == KILLED_STATUS
+        assert guard.wait(GENEROUS_S) == KILLED_STATUS
         assert_gone(tree)
 
 
 def test_a_command_that_ends_leaves_nothing_and_passes_its_status_on():
     with start("sys.exit(7)") as guard:
         tree = pids_of(guard)
-        assert guard.wait(10) == 7
+        assert guard.wait(GENEROUS_S) == 7
         assert_gone(tree)
 
 
 def test_a_command_ended_by_a_signal_is_128_plus_it():
     with start("os.kill(os.getpid(), signal.SIGSEGV)") as guard:
         tree = pids_of(guard)
-        assert guard.wait(10) == 128 + signal.SIGSEGV
+        assert guard.wait(GENEROUS_S) == 128 + signal.SIGSEGV
         assert_gone(tree)
 
 
@@ -76,7 +77,7 @@ def test_interrupts_are_left_to_the_node():
         os.kill(guard.pid, signal.SIGTERM)
         assert psutil.pid_exists(tree["leader"]) and guard.poll() is None
         guard.stdin.close()
-        guard.wait(10)
+        guard.wait(GENEROUS_S)
         assert_gone(tree)
 
 
@@ -101,4 +102,4 @@ def test_kill_9_of_node_or_guard_ends_the_leader(victim):
         pids = pids_of(node) | {"node": node.pid}
         os.kill(pids[victim], signal.SIGKILL)
         assert_gone({name: pid for name, pid in pids.items() if name != "node"})
-        node.wait(10)
+        node.wait(GENEROUS_S)

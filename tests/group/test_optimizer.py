@@ -106,8 +106,8 @@ CONSTANT: dict[str, Any] = {"learning_rate": 0.05, "learning_rate_schedule": "co
 @pytest.mark.parametrize(
     ("options", "reference"),
     [
-        ({}, lambda p: torch.optim.Adam(p, lr=0.05)),
-        ({"weight_decay": 0.1}, lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1)),
+        ({}, lambda p: torch.optim.Adam(p, lr=0.05, fused=True)),
+        ({"weight_decay": 0.1}, lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1, fused=True)),
         ({"optimizer": "sgd"}, lambda p: torch.optim.SGD(p, lr=0.05)),
         (
             {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},

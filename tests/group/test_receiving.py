@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import GENEROUS_S
 from torch import nn
 
 from p2pcodistill.checkpoint.decoder import decode_frame
@@ -27,7 +28,6 @@ from p2pcodistill.group import receiving
 from p2pcodistill.group.link_messages import ChainBroken, ReferenceReady
 from p2pcodistill.group.receiving import FrameReceiver
 
-WAIT_S = 30.0
 MAX_FRAME_BYTES = 1 << 20
 
 
@@ -83,7 +83,7 @@ class Said:
 
     def wait_for(self, num_messages: int) -> list[ReferenceReady | ChainBroken]:
         with self._changed:
-            assert self._changed.wait_for(lambda: len(self.messages) >= num_messages, WAIT_S)
+            assert self._changed.wait_for(lambda: len(self.messages) >= num_messages, GENEROUS_S)
         return self.messages
 
 
@@ -120,7 +120,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def prepare(receiver: FrameReceiver, offer: Offer) -> Reference:
-    return receiver.prepare(offer).result(timeout=WAIT_S)
+    return receiver.prepare(offer).result(timeout=GENEROUS_S)
 
 
 def assert_same(reference: Reference, expected: Reference) -> None:

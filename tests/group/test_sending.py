@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 import pytest
 import torch
+from patience import GENEROUS_S
 from torch import nn
 
 from p2pcodistill.checkpoint.decoder import decode_frame
@@ -21,7 +22,6 @@ from p2pcodistill.group.sending import FrameSender
 from p2pcodistill.telemetry.records import from_record
 from p2pcodistill.telemetry.training_events import Evaluated, SnapshotSkipped
 
-WAIT_S = 30.0
 MAX_FRAME_BYTES = 1 << 24
 
 
@@ -49,7 +49,7 @@ class Outgoing:
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         with self._changed:
-            assert self._changed.wait_for(condition, WAIT_S), self.messages
+            assert self._changed.wait_for(condition, GENEROUS_S), self.messages
 
     def publish(self, *snapshots: Snapshot) -> None:
         """Publish one after the other, each when what the one before led to is said."""
@@ -76,7 +76,7 @@ class Outgoing:
 def outgoing(tmp_path: Path) -> Iterator[Outgoing]:
     made = Outgoing(tmp_path / "outbox", FramesConfig())
     yield made
-    made.sender.close(WAIT_S)
+    made.sender.close(GENEROUS_S)
 
 
 def model() -> nn.Linear:
@@ -293,11 +293,11 @@ def test_closing_hands_over_the_last_snapshot_when_the_node_has_the_one_before(o
     first, second = snapshots(1, 2)
     outgoing.publish(first)
     outgoing.sender.publish(second)
-    closing = threading.Thread(target=outgoing.sender.close, args=(WAIT_S,))
+    closing = threading.Thread(target=outgoing.sender.close, args=(GENEROUS_S,))
     closing.start()
     outgoing.accepts = True
     outgoing.answer(outgoing.frames[0], True)
-    closing.join(WAIT_S)
+    closing.join(GENEROUS_S)
     assert not closing.is_alive() and outgoing.steps == [(1, None), (2, 1)]
 
 
@@ -317,11 +317,11 @@ def test_a_chain_that_costs_more_than_a_keyframe_ends_with_one(tmp_path: Path) -
     outgoing.publish(*snapshots(1, 2, 3, 4, change=1.0))
     num_bytes = [Path(ready.path).stat().st_size for ready in outgoing.frames]
     assert sum(num_bytes[1:]) > num_bytes[0]
-    outgoing.sender.close(WAIT_S)
+    outgoing.sender.close(GENEROUS_S)
     assert outgoing.steps[4:] == [(4, None)]
 
 
 def test_a_cheap_chain_ends_as_it_is(outgoing: Outgoing) -> None:
     outgoing.publish(*snapshots(1, 2))
-    outgoing.sender.close(WAIT_S)
+    outgoing.sender.close(GENEROUS_S)
     assert outgoing.steps == [(1, None), (2, 1)]

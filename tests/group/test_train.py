@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import GENEROUS_S
 from safetensors.torch import load_file, load_model
 from torch import Tensor
 
@@ -329,7 +330,7 @@ def test_a_stopped_run_checkpoints_and_goes_on_bit_for_bit(
     def stop_in_step_4(self: LanguageModelTask) -> tuple[Tensor, Tensor]:
         if next(calls) == 3:
             stub_node.send(StopRequested())
-            assert received.wait(30)
+            assert received.wait(GENEROUS_S)
         return next_batch(self)
 
     with monkeypatch.context() as patch:
@@ -426,7 +427,7 @@ def test_two_ranks_train_as_one_group_and_resume(
             command,
             env=environment,
             cwd=Path(__file__).parents[2],
-            timeout=100,
+            timeout=GENEROUS_S,
             capture_output=True,
             text=True,
             check=False,

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from patience import GENEROUS_S
 
 from p2pcodistill.errors import GroupError
 from p2pcodistill.group import checkpoints as checkpoints_module
@@ -189,13 +190,14 @@ def rank_main(rank: int, folder: Path) -> None:
 
 
 def test_ranks_save_and_load_the_same_step(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "GLOO_SOCKET_IFNAME": "lo"}
+    path = os.pathsep.join(str(Path(__file__).parents[index]) for index in (1, 2))
+    environment = os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment)
         for rank in range(2)
     ]
     try:
-        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=GENEROUS_S) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

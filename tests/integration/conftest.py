@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
 import random
 import signal
@@ -17,13 +19,13 @@ from typing import Any
 import psutil
 import pytest
 import tomli_w
+from patience import GENEROUS_S
 
 from p2pcodistill.group.lifeline import adopt_orphans
 from p2pcodistill.identity import Identity
 from p2pcodistill.telemetry.log import EventTail
 from p2pcodistill.telemetry.records import Record
 
-DEADLINE_S = 100.0
 TINY = {
     "task": {
         "embedding_size": 8,
@@ -45,6 +47,14 @@ TINY = {
 }
 
 
+# Below what the kernel picks from. Tests that run at the same time have a share each, and begin anywhere in it: a port of
+# a moment ago may still have connections that are being closed.
+_NUM_PORTS = 2000
+_FIRST_PORT = 12_000 + _NUM_PORTS * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_OFFSET = random.randrange(_NUM_PORTS)
+_PORTS = itertools.cycle(_FIRST_PORT + (_OFFSET + index) % _NUM_PORTS for index in range(_NUM_PORTS))
+
+
 def merged(*tables: dict[str, Any]) -> dict[str, Any]:
     """Nested tables merged, later ones winning."""
     result: dict[str, Any] = {}
@@ -56,12 +66,13 @@ def merged(*tables: dict[str, Any]) -> dict[str, Any]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
+    """Ports of loopback that nobody listens on now, and that the kernel gives to nobody who dials before a node is there."""
+    found: list[int] = []
+    while len(found) < count:
+        port = next(_PORTS)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.append(port)
+    return found
 
 
 class Site:
@@ -101,13 +112,25 @@ class Site:
             self.process = await asyncio.create_subprocess_exec(*command, *arguments, stdout=log, stderr=log)
         return self.process
 
+    async def pause(self) -> list[psutil.Process]:
+        """Wait until training has begun, and stop the ranks there (SIGSTOP); these, to be resumed."""
+        await self.until("training-started")
+        ranks = [process for process in self.tree() if not process.children()]
+        for rank in ranks:
+            rank.suspend()
+        return ranks
+
     async def wait(self) -> int:
+        """Wait for the node to end, while it still tells of something new; its exit status."""
         assert self.process is not None
-        try:
-            async with asyncio.timeout(DEADLINE_S):
-                return await self.process.wait()
-        except TimeoutError:
-            raise AssertionError(f"{self.name} did not end:\n{self.log()}") from None
+        while True:
+            num_records = len(self.read())
+            try:
+                async with asyncio.timeout(GENEROUS_S):
+                    return await self.process.wait()
+            except TimeoutError:
+                if len(self.read()) == num_records:
+                    raise AssertionError(f"{self.name} did not end:\n{self.log()}") from None
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         assert self.process is not None
@@ -136,12 +159,15 @@ class Site:
         self, event: str, condition: Callable[[Record], bool] = lambda _: True, *, count: int = 1
     ) -> Record:
         """The `count`-th event of that name that meets the condition, as soon as it is there."""
+        num_read = num_found = 0
         try:
-            async with asyncio.timeout(DEADLINE_S):
+            async with asyncio.timeout(GENEROUS_S):
                 while True:
-                    found = [record for record in self.all(event) if condition(record)]
-                    if len(found) >= count:
-                        return found[count - 1]
+                    for record in itertools.islice(self.read(), num_read, None):
+                        num_read += 1
+                        num_found += record["event"] == event and condition(record)
+                        if num_found == count:
+                            return record
                     if self.process is None or self.process.returncode is not None:
                         raise AssertionError(f"{self.name} ended before {event!r}:\n{self.log()}")
                     await asyncio.sleep(0.01)
@@ -195,6 +221,15 @@ class Sites:
         self.all += made
         return made
 
+    @staticmethod
+    async def start_together(*made: Site) -> None:
+        """Start sites whose training ends soon: none of them is at the end before all others have begun."""
+        for site in made:
+            await site.start()
+        for ranks in await asyncio.gather(*(site.pause() for site in made)):
+            for rank in ranks:
+                rank.resume()
+
     def elsewhere(self, name: str) -> Sites:
         """A folder of its own, where sites of the same names can be made; cleaned with this one."""
         folder = self.folder / name
@@ -210,7 +245,7 @@ class Sites:
                 site.kill()
                 await site.wait()
         ours = [p for p in psutil.Process().children(recursive=True) if is_ours(p)]
-        _, outlived = psutil.wait_procs(ours, timeout=10)
+        _, outlived = psutil.wait_procs(ours, timeout=GENEROUS_S)
         for process in outlived:
             process.kill()
         psutil.wait_procs(outlived)

@@ -1,6 +1,6 @@
 """What a site must bear for long: kill -9 of any of its processes at random moments, and exchanges without end.
 
-Used for seconds by `make test` and for hours by `make soak` (tests/soak.py).
+Used by `make soak` (tests/soak.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import random
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 from integration.conftest import Site, Sites
 from integration.stores import require_whole_store
+from patience import GENEROUS_S
 
 RING = ("berlin", "tokyo", "lima", "accra")
 PARTS = ("node", "p2pcodistill.group.guard", "torch.distributed.run", "p2pcodistill.group.train")
@@ -63,7 +63,7 @@ async def survive_kills(
         tell(f"kill {number + 1} of {num_kills}: {part} of {site.name}")
         if part == PARTS[0]:
             await site.wait()
-            await asyncio.to_thread(psutil.wait_procs, tree, timeout=20)
+            await asyncio.to_thread(psutil.wait_procs, tree, timeout=GENEROUS_S)
             assert not [process for process in tree if process.is_running()], "workers outlived their node"
             await site.start()
     for site in made:
@@ -98,7 +98,7 @@ async def stop(made: list[Site]) -> None:
     for site in made:
         assert await site.wait() == 128 + signal.SIGTERM, site.log()
         require_whole_store(site.file, site.run_folder)
-    await asyncio.to_thread(psutil.wait_procs, trees, timeout=20)
+    await asyncio.to_thread(psutil.wait_procs, trees, timeout=GENEROUS_S)
     assert not [process for process in trees if process.is_running()], "processes outlived their node"
 
 
@@ -124,9 +124,9 @@ class Sample:
 
 
 async def exchange_for_long(
-    sites: Sites, duration_s: float, *, exchanges_per_s: float, tell: Callable[[str], None] = lambda _: None
-) -> int:
-    """Two sites exchange at that rate for so long; what they take levels off. The exchanges that one of them made."""
+    sites: Sites, num_exchanges: int, *, exchanges_per_s: float, tell: Callable[[str], None] = lambda _: None
+) -> None:
+    """Two sites make so many exchanges, at that rate if the machine can; what they take levels off."""
     script = {"script": str(PACED_TRAINING), "script_arguments": [str(exchanges_per_s)]}
     made = sites.make(
         "berlin",
@@ -139,19 +139,17 @@ async def exchange_for_long(
     for site in made:
         await site.until("teacher-swapped")
     samples: dict[str, list[Sample]] = {site.name: [] for site in made}
-    begun_s = time.monotonic()
-    while (elapsed_s := time.monotonic() - begun_s) < duration_s:
-        await asyncio.sleep(duration_s / 60)
+    num_samples = max(60, num_exchanges // 50)
+    for number in range(1, num_samples + 1):
         for site in made:
+            await site.until("frame-published", count=number * num_exchanges // num_samples)
             with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):  # it changed under our eyes
                 samples[site.name].append(Sample.take(site))
         newest = {site.name: samples[site.name][-1] for site in made if samples[site.name]}
-        tell(f"{elapsed_s:.0f} s: {newest}")
-    num_exchanges = min(len(site.all("frame-published")) for site in made)
+        tell(f"{number * num_exchanges // num_samples} exchanges: {newest}")
     await stop(made)
     for name, taken in samples.items():
         require_level(name, taken)
-    return num_exchanges
 
 
 def require_level(name: str, samples: list[Sample]) -> None:

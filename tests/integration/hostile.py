@@ -15,6 +15,7 @@ from p2pcodistill.checkpoint.encoder import FrameEncoder
 from p2pcodistill.checkpoint.manifest import Manifest, SignedManifest, Version, digest_chunks
 from p2pcodistill.checkpoint.snapshot import Snapshot, take_snapshot
 from p2pcodistill.config import FramesConfig
+from p2pcodistill.gossip.codec import decode_message, encode_message
 from p2pcodistill.gossip.membership import members_digest
 from p2pcodistill.gossip.messages import (
     PROTOCOL_VERSION,
@@ -24,8 +25,6 @@ from p2pcodistill.gossip.messages import (
     Hello,
     Message,
     Want,
-    decode_message,
-    encode_message,
     lane_of,
 )
 from p2pcodistill.identity import Identity
@@ -53,6 +52,7 @@ class HostileTokyo:
         self.serving: asyncio.Task[object] | None = None
         self.corrupt_chunks = 0
         self.num_chunks_served = 0
+        self.held: list[tuple[Want, int]] | None = None
         self.asked: asyncio.Queue[CatchUp] = asyncio.Queue()
 
     async def greet(self) -> None:
@@ -67,7 +67,10 @@ class HostileTokyo:
             match decode_message(event.payload) if isinstance(event, Received) else None:
                 case Want() as want:
                     for index in want.indices:
-                        self.serve(want, index)
+                        if self.held is None:
+                            self.serve(want, index)
+                        else:
+                            self.held.append((want, index))
                 case CatchUp() as request:
                     self.asked.put_nowait(request)
             if isinstance(event, kind):
@@ -80,6 +83,12 @@ class HostileTokyo:
             data = bytes(len(data))
         self.num_chunks_served += 1
         self.say(Chunk(want.frame_id, index, data))
+
+    def serve_held(self) -> None:
+        """Serve what was asked for while `held` was a list, and from now on at once."""
+        held, self.held = self.held or [], None
+        for want, index in held:
+            self.serve(want, index)
 
     def say(self, message: Message) -> None:
         assert self.transport.send("berlin", lane_of(message), encode_message(message))

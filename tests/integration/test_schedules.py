@@ -7,7 +7,7 @@ async def test_three_sites_learn_from_one_teacher_at_a_time_and_hold_them_all(si
     group = sites.make("a", "b", "c", training={"num_steps": 150})
     for site in group:
         site.set(topology="one-peer-exponential")
-        await site.start()
+    await sites.start_together(*group)
     assert [await site.wait() for site in group] == [0, 0, 0], "".join(site.log() for site in group)
     names = [site.name for site in group]
     for rank, site in enumerate(group):

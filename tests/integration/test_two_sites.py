@@ -3,14 +3,13 @@
 import asyncio
 import json
 import signal
+import time
 from pathlib import Path
 
 from faults import TcpProxy
+from patience import GENEROUS_S
 
-from p2pcodistill.checkpoint.manifest import DEFAULT_CHUNK_BYTES
 from p2pcodistill.simulation.shaping import LinkShape, ShapedLink
-
-DEADLINE_S = 100.0
 
 RECORD_SWAPS = Path(__file__).with_name("record_swaps.py")
 
@@ -19,11 +18,10 @@ async def test_two_sites_codistil_a_language_model_and_leave_together(sites):
     berlin, tokyo = sites.make(
         "berlin",
         "tokyo",
-        training={"num_steps": 2000, "report_interval_steps": 50},
+        training={"num_steps": 1000, "report_interval_steps": 50},
         codistillation={"exchange_interval_steps": 50},
     )
-    await berlin.start()
-    await tokyo.start()
+    await sites.start_together(berlin, tokyo)
     assert (await berlin.wait(), await tokyo.wait()) == (0, 0), berlin.log() + tokyo.log()
     for site, peer in ((berlin, "tokyo"), (tokyo, "berlin")):
         swaps = site.all("teacher-swapped")
@@ -32,7 +30,7 @@ async def test_two_sites_codistil_a_language_model_and_leave_together(sites):
         assert versions == sorted(versions) and len(set(versions)) == len(versions)
         assert any(record["distillation_loss"] is not None for record in site.all("step-measured"))
         published = site.all("frame-published")
-        assert published[-1]["step"] == 2000
+        assert published[-1]["step"] == 1000
         assert published[0]["kind"] == "keyframe"
         deltas = [record for record in published if record["kind"] == "delta"]
         assert len(deltas) > len(published) / 2
@@ -51,7 +49,7 @@ async def test_all_ranks_of_a_users_own_script_swap_at_the_same_step(sites):
     berlin, tokyo = sites.make("berlin", "tokyo", group={"num_ranks": 2})
     for site in (berlin, tokyo):
         site.set(
-            group={"script": str(RECORD_SWAPS), "script_arguments": [str(sites.folder), site.name, "1500"]}
+            group={"script": str(RECORD_SWAPS), "script_arguments": [str(sites.folder), site.name, "1000"]}
         )
         site.set(codistillation={"exchange_interval_steps": 100, "agreement_interval_steps": 5})
         await site.start()
@@ -128,16 +126,16 @@ async def test_a_student_killed_within_a_transfer_goes_on_where_it_was(sites):
         site.set(group={"script": str(script), "script_arguments": [site.name, str(num_bytes)]})
     # Thin enough that the window is what the link holds, and no more.
     shape = LinkShape(bandwidth_mbit=80.0, latency_ms=20.0)
-    window_bytes = 2.25 * (shape.bytes_per_s * shape.round_trip_s + DEFAULT_CHUNK_BYTES)
     link = ShapedLink(f"tcp://127.0.0.1:{berlin.port}", shape)
     try:
         tokyo.set_peer("berlin", address=await link.open())
         berlin.set_peer("tokyo", address=None)
         await berlin.start()
         await tokyo.start()
-        async with asyncio.timeout(DEADLINE_S):
-            while link.num_bytes_forwarded < num_bytes // 2:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
+        await until_forwarded(link, num_bytes // 8)
+        begun_s, num_bytes_before = time.monotonic(), link.num_bytes_forwarded
+        await until_forwarded(link, num_bytes // 2)
+        num_bytes_meanwhile, taken_s = link.num_bytes_forwarded - num_bytes_before, time.monotonic() - begun_s
         tokyo.kill()
         assert await tokyo.wait() == -signal.SIGKILL
         assert not tokyo.all("frame-fetched"), "the kill struck within the transfer"
@@ -147,11 +145,18 @@ async def test_a_student_killed_within_a_transfer_goes_on_where_it_was(sites):
     finally:
         await link.close()
     assert fetched["num_bytes"] == num_bytes
-    # What the relay carried beyond the frame was sent twice, but for envelopes and control.
-    assert num_bytes <= num_bytes_sent <= num_bytes + window_bytes
+    # What the relay carried beyond the frame was sent twice, but for envelopes and control: half, from the start.
+    assert num_bytes <= num_bytes_sent <= num_bytes + num_bytes / 4
     berlin.kill(signal.SIGTERM)  # what was measured last is told in the end
     await berlin.wait()
     measured = [record for record in berlin.all("link-measured") if record["upload_mbit"] is not None]
     assert measured and all(record["peer"] == "tokyo" for record in measured)
     assert measured[-1]["num_connection_losses"] >= 1
-    assert 40.0 < max(record["upload_mbit"] for record in measured) < 120.0
+    mean_mbit = num_bytes_meanwhile * 8 / 1e6 / taken_s
+    assert mean_mbit / 2 < max(record["upload_mbit"] for record in measured) < 1.5 * shape.bandwidth_mbit
+
+
+async def until_forwarded(link: ShapedLink, num_bytes: int) -> None:
+    async with asyncio.timeout(GENEROUS_S):
+        while link.num_bytes_forwarded < num_bytes:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)

@@ -21,7 +21,7 @@ from p2pcodistill.strict import parse_model
 from p2pcodistill.telemetry.event import Event
 from p2pcodistill.telemetry.node_events import TrafficMeasured
 from p2pcodistill.telemetry.records import to_record
-from p2pcodistill.telemetry.training_events import Evaluated, TrainingEnded
+from p2pcodistill.telemetry.training_events import Evaluated, StepMeasured, TrainingEnded
 
 
 def arm(
@@ -32,6 +32,7 @@ def arm(
     bytes_per_step: int = 0,
     metrics: Mapping[str, float] | None = None,
     predictions: Mapping[int, Mapping[str, Predicted]] | None = None,
+    training_losses: Mapping[int, float] | None = None,
 ) -> ArmFigures:
     """An arm that was evaluated every 10 steps."""
     curves = {
@@ -41,7 +42,9 @@ def arm(
         ]
         for seed, curve in losses.items()
     }
-    return ArmFigures(name, "alone", curves, predictions or {seed: {} for seed in losses})
+    return ArmFigures(
+        name, "alone", curves, predictions or {seed: {} for seed in losses}, training_losses or {}
+    )
 
 
 def told(claim: dict[str, Any], *arms: ArmFigures) -> Settled:
@@ -145,7 +148,43 @@ def test_churn_is_between_retrains_of_the_same_site() -> None:
     assert told({"measure": "calibration-error"}, theirs).figures["0"] == pytest.approx(0.3)
 
 
-@pytest.mark.parametrize("measure", ["churn", "calibration-error", "diversity"])
+def test_churn_after_a_change_is_between_arms_under_the_same_seed() -> None:
+    def retrained(name: str, *rows: tuple[float, float]) -> ArmFigures:
+        return arm(
+            name,
+            {seed: [1.0] for seed in range(len(rows))},
+            predictions={
+                seed: {"a": predicted(first, 0.5), "b": predicted(0.5, second)}
+                for seed, (first, second) in enumerate(rows)
+            },
+        )
+
+    changed, before = (
+        retrained("changed", (0.5, 0.5), (0.9, 0.7)),
+        retrained("before", (0.5, 0.5), (0.5, 0.5)),
+    )
+    settled = told({"measure": "arm-churn", "against": ("before",)}, changed, before)
+    assert settled.figures == pytest.approx({"0": 0.0, "1": 0.15})
+    pooled = arm("pooled", {0: [1.0], 1: [1.0]}, predictions={0: {"pooled": predicted(0.5, 0.5)}, 1: {}})
+    settled = told({"measure": "arm-churn", "against": ("pooled",)}, changed, pooled)
+    assert settled.why == "changed and pooled have left no predictions of the same site"
+
+
+def test_a_loss_that_only_lacks_confidence_comes_down_at_another_temperature() -> None:
+    unsure = predicted(*[0.4] * 9, 0.6, labels=[0] * 9 + [0])  # right nine times in ten
+    ours = arm("ours", {0: [0.6]}, predictions={0: {"a": unsure}})
+    figure = told({"measure": "calibrated-loss"}, ours).figures["0"]
+    assert figure == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1), abs=1e-3)
+
+
+def test_the_training_loss_is_that_of_the_last_batches() -> None:
+    ours = arm("ours", {0: [1.0], 1: [1.0]}, training_losses={0: 0.5, 1: 0.7})
+    assert told({"measure": "training-loss"}, ours).figures == {"0": 0.5, "1": 0.7}
+    unmeasured = arm("ours", {0: [1.0]}, training_losses={0: math.nan})
+    assert told({"measure": "training-loss"}, unmeasured).figure is None
+
+
+@pytest.mark.parametrize("measure", ["churn", "calibration-error", "calibrated-loss", "diversity"])
 def test_without_predictions_there_is_no_figure(measure: str) -> None:
     settled = told({"measure": measure}, OURS)
     assert settled.figure is None
@@ -185,6 +224,7 @@ def test_every_measure_is_taken_by_something() -> None:
             bytes_per_step=1,
             metrics={"m": 1.0},
             predictions=predictions,
+            training_losses={0: 1.0, 1: 1.0},
         )
         for name, loss in (("ours", 1.0), ("theirs", 2.0), ("third", 0.5))
     )
@@ -270,6 +310,21 @@ def test_an_arm_of_several_sites_has_the_curve_of_their_mean(tmp_path: Path) -> 
     assert first.metrics == pytest.approx({"accuracy": 0.6})
     assert list(figures.predictions[7]) == ["a"]
     assert figures.predictions[7]["a"].labels_N.tolist() == [0, 1, 1]
+
+
+def test_the_training_loss_is_taken_of_the_last_tenth_of_the_steps() -> None:
+    def measured(*losses: tuple[int, float]) -> SiteHistory:
+        events = [StepMeasured(step, loss, None, 0.1, 1.0, 0.0, 1.0) for step, loss in losses]
+        return history(*((100.0, event) for event in events))
+
+    sites = {"a": measured((80, 9.0), (90, 9.0), (95, 1.0), (100, 2.0)), "b": measured((100, 3.0))}
+    ended = {
+        "c": history((100.0, Evaluated(10, 3.0, 0.1))),
+    }
+    results = [ArmResult("ours", "codistilled", 0, sites), ArmResult("ours", "codistilled", 1, ended)]
+    losses = arm_figures(results, {})["ours"].training_losses
+    assert losses[0] == pytest.approx(2.25)
+    assert math.isnan(losses[1])
 
 
 def test_a_site_that_a_fault_took_away_does_not_end_the_curve_of_all() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from p2pcodistill.report.arm_figures import ArmFigures, Point
-from p2pcodistill.report.comparison_figures import arm_colours, bars, loss_curves
+from p2pcodistill.report.comparison_figures import bars, looks_of_arms, loss_curves
 from p2pcodistill.report.figures import SITE_COLOURS, to_svg
 from p2pcodistill.report.verdicts import spread_of
 
@@ -71,6 +71,7 @@ def test_bars_have_mean_and_half_the_range_written_at_them() -> None:
 
 def test_more_arms_than_colours_get_them_again() -> None:
     names = [f"arm-{index}" for index in range(len(SITE_COLOURS) + 1)]
-    colours = arm_colours(names)
-    assert colours[names[0]] == colours[names[-1]]
-    assert len(set(colours.values())) == len(SITE_COLOURS)
+    looks = looks_of_arms(names)
+    assert looks[names[0]].colour == looks[names[-1]].colour
+    assert len({look.colour for look in looks.values()}) == len(SITE_COLOURS)
+    assert len(set(looks.values())) == len(names)

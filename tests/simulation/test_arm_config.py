@@ -74,6 +74,20 @@ def load(folder: Path, content: dict[str, Any]) -> ScenarioConfig:
             {"kind": "alone", "task": {"generator_seed": 7}},
             "task.generator_seed decides what is evaluated on",
         ),
+        ({"kind": "alone", "links": []}, "remove its links, which is for arms of the kind codistilled"),
+        (
+            {"kind": "codistilled", "links": [{"between": ["a", "d"]}]},
+            "the arm 'codistilled': 'd' has a link, but is none of the sites a, b, c",
+        ),
+        (
+            {"kind": "codistilled", "links": [{"between": "all"}, {"between": "all"}]},
+            "the link between 'all' is listed twice",
+        ),
+        ({"kind": "alone", "num_sites": 9}, "the arm 'alone' wants 9 sites, and there are"),
+        (
+            {"kind": "ensemble", "num_sites": 2, "num_members": 3},
+            "wants an ensemble of 3, and there are 2 sites",
+        ),
         ({"kind": "alone", "sharing": "some"}, "arms.0.sharing: .*'some'"),
         ({"kind": "alone", "training": 3}, "arms.0.training: .*got 3"),
     ],

@@ -530,7 +530,7 @@ def test_every_kind_runs_and_does_the_same_again(
             assert history.finished and history.final_val_loss is not None and history.final_val_loss < 5.7
     assert done.scenario.arms == again.scenario.arms
     stream = io.StringIO()
-    report(again.scenario, again.folder, 1, stream)
+    report(again.scenario, again.folder, stream)
     page = (again.folder / "report.html").read_text()
     assert all(kind in page for kind in KINDS)
     summary = json.loads((again.folder / "summary.json").read_text())

@@ -50,6 +50,23 @@ def split(scenario: ScenarioConfig) -> ScenarioText:
     return text
 
 
+def test_sites_have_folders_of_their_own_where_text_is_dealt_by_path(tmp_path: Path) -> None:
+    for package in ("cooking", "sailing"):
+        (tmp_path / "corpus" / package).mkdir(parents=True)
+        for index in range(30):
+            (tmp_path / "corpus" / package / f"{index}.txt").write_text(f"{package} {index}\n" * 40)
+    data = {"paths": ["corpus"], "max_bytes_per_site": 5000, "max_held_out_bytes": 1000}
+
+    def share_of_cooking(text: bytes) -> float:
+        return text.count(b"cooking") / (text.count(b"cooking") + text.count(b"sailing"))
+
+    alike, unlike = (split(load(tmp_path, data=data | {"shard_by": by})) for by in ("hash", "path"))
+    assert all(0.3 < share_of_cooking(shard) < 0.7 for shard in alike.shards.values())
+    berlin, tokyo = map(share_of_cooking, unlike.shards.values())
+    assert berlin > 0.9 and tokyo < 0.1, "but for a file in the middle, as what was held out left it"
+    assert unlike.held_out == alike.held_out, "what all are judged on does not change"
+
+
 # --- text --------------------------------------------------------------------------------------------------------
 
 

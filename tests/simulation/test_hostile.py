@@ -23,8 +23,11 @@ from p2pcodistill.errors import (
     ReplayedError,
     SignatureError,
 )
-from p2pcodistill.gossip import protocol as gossip
-from p2pcodistill.gossip.messages import PROTOCOL_VERSION, Hello, Payload, Refusal, decode_message
+from p2pcodistill.gossip import events as gossip
+from p2pcodistill.gossip.codec import decode_message
+from p2pcodistill.gossip.membership import members_digest
+from p2pcodistill.gossip.messages import PROTOCOL_VERSION, Hello, Payload, Refusal
+from p2pcodistill.gossip.protocol import Gossip
 from p2pcodistill.simulation.hostile import FLOOD_PER_TICK, TICK_S, Deed, HostileSite, Spoken
 from p2pcodistill.simulation.virtual.run import seeded_identity
 from p2pcodistill.telemetry.node_events import PeerQuarantined, Refused, VersionAnnounced
@@ -56,7 +59,7 @@ class Encounter:
     """Berlin, a student of tokyo and lima, in a session with tokyo, which does as it is told."""
 
     def __init__(self, does: Deed, *, has_published: bool = True, seed: int = 0) -> None:
-        digest = gossip.members_digest(PUBLIC)
+        digest = members_digest(PUBLIC)
         self.hostile = HostileSite(
             "tokyo",
             IDENTITIES["tokyo"],
@@ -66,9 +69,9 @@ class Encounter:
             others=["berlin", "lima"],
             seed=seed,
         )
-        self.berlin = gossip.Gossip(
-            "berlin", "run", PUBLIC, ["tokyo", "lima"], ["tokyo"], digest, bytes(32), 1, {}, [], {},
-            max_frame_bytes=1 << 20,
+        self.berlin = Gossip(
+            "berlin", "run", PUBLIC, ["tokyo", "lima"], ["lima"], digest, bytes(32), 1, {}, [], {},
+            max_frame_bytes=1 << 20, sign=IDENTITIES["berlin"].sign,
         )  # fmt: skip
         self.now_s = 0.0
         self.actions: list[gossip.Action] = []
@@ -125,6 +128,7 @@ def test_every_misdeed_is_refused_by_name_until_its_author_is_quarantined(
     (quarantined,) = encounter.reports(PeerQuarantined)
     assert quarantined.peer == "tokyo"
     assert not [action for action in encounter.actions if isinstance(action, gossip.StoreChunk)]
+    assert not encounter.berlin.students_finished, "its student is lima, who has said nothing"
     num_misdeeds = encounter.hostile.num_misdeeds
     encounter.tick()
     assert encounter.hostile.num_misdeeds == num_misdeeds > 20, "to whom does not listen it says nothing"

@@ -51,6 +51,17 @@ def test_cost_grows_with_teachers_and_cores_with_ranks() -> None:
     assert full["codistilled"].cost > full["alone"].cost == full["pooled"].cost
 
 
+def test_an_arm_of_some_of_the_sites_leaves_each_the_data_that_it_has_in_others() -> None:
+    kinds = ["codistilled", "alone", "pooled", "fedavg"]
+    arms = [{"name": kind, "kind": kind, "num_sites": 2} for kind in kinds]
+    jobs = make_jobs(scenario(mode="virtual", arms=arms))
+    a, b = SiteRun("a", ("a",)), SiteRun("b", ("b",))
+    assert [job.sites for job in jobs] == [(a, b), (a,), (b,), (SiteRun("pooled", ("a", "b")),), (a, b)]
+    same = {"name": "same", "kind": "codistilled", "num_sites": 2, "sharing": "same"}
+    (job,) = make_jobs(scenario(mode="virtual", arms=[same]))
+    assert [site.shards for site in job.sites] == [("a", "b"), ("a", "b")]
+
+
 def demo(num_cores: int, **changes: Any) -> list[tuple[str, int]]:
     jobs = make_jobs(scenario(sites=[{"name": "a"}, {"name": "b"}], **changes))
     return [(job.arm.name, job.num_threads) for job in plan(jobs, num_cores=num_cores, widen=True)]

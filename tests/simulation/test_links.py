@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+from patience import GENEROUS_S
 
 from p2pcodistill.simulation.links import JobLinks, link_shapes, neighbour_pairs
 from p2pcodistill.simulation.scenario import ScenarioConfig, load_scenario
@@ -106,7 +107,7 @@ async def test_a_black_hole_between_two_sites_is_no_black_hole_for_others(tmp_pa
         host, _, port = str(links.address("b", "c", real)).removeprefix("tcp://").partition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         over = asyncio.create_task(reader.read())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(GENEROUS_S):
             while True:
                 if links.measure()[0].num_swallowed:
                     break

@@ -18,13 +18,12 @@ from typing import Any
 
 import pytest
 import tomli_w
+from patience import GENEROUS_S
 
 from p2pcodistill.errors import ConfigError, GroupError, NamespaceError
 from p2pcodistill.simulation import namespaces
 from p2pcodistill.simulation.namespaces import PORT, SiteNetwork, remove_leftovers, require_namespaces
 from p2pcodistill.simulation.processes import simulate
-
-TIMEOUT_S = 20.0
 
 
 def can_make_namespaces() -> bool:
@@ -82,10 +81,10 @@ def send(network: SiteNetwork, sender: str, receiver: str, num_bytes: int) -> tu
         listener.bind(host(network, receiver))
         listener.listen()
         with network.make_socket(sender) as near:
-            near.settimeout(TIMEOUT_S)
+            near.settimeout(GENEROUS_S)
             near.connect(host(network, receiver))
             far, (address, _) = listener.accept()
-            far.settimeout(TIMEOUT_S)
+            far.settimeout(GENEROUS_S)
             begun_s = time.monotonic()
             pump = threading.Thread(target=near.sendall, args=(bytes(num_bytes),))
             pump.start()
@@ -111,10 +110,17 @@ def test_each_site_has_an_address_and_reaches_those_it_has_a_link_with(network: 
 @needs_namespaces
 def test_the_kernel_limits_the_direction_that_has_a_bandwidth(network: SiteNetwork) -> None:
     num_bytes = 1_000_000
-    _, slow_s = send(network, "berlin", "tokyo", num_bytes)
-    assert 0.8 < slow_s < 1.6, "a second at 8 Mbit/s, and what a busy machine adds"
-    _, quick_s = send(network, "tokyo", "berlin", num_bytes)
-    assert quick_s < slow_s / 2
+
+    def fastest_s(sender: str, receiver: str, limit_s: float) -> float:
+        """Of several times, as other work on the machine delays some of them."""
+        taken_s = []
+        while len(taken_s) < 10 and min(taken_s, default=limit_s) >= limit_s:
+            taken_s.append(send(network, sender, receiver, num_bytes)[1])
+        return min(taken_s)
+
+    slow_s = fastest_s("berlin", "tokyo", 1.6)
+    assert 0.8 < slow_s < 1.6, "a second at 8 Mbit/s"
+    assert fastest_s("tokyo", "berlin", slow_s / 2) < slow_s / 2
     network.close()
     assert network.carried["berlin", "tokyo"] > 2 * num_bytes
     assert network.carried["tokyo", "lima"] < 10_000
@@ -128,7 +134,7 @@ def test_a_command_runs_in_the_namespace_of_its_site_as_the_process_that_was_sta
     process = subprocess.Popen(
         [*network.command_prefix("berlin"), sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
     )
-    told, _ = process.communicate(timeout=TIMEOUT_S)
+    told, _ = process.communicate(timeout=GENEROUS_S)
     assert told == f"{process.pid} ['lo', 'to-1']\n"
 
 

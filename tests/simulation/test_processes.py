@@ -16,14 +16,15 @@ from typing import Any
 import psutil
 import pytest
 import tomli_w
+from patience import GENEROUS_S
 
 from p2pcodistill.errors import ConfigError, DataError, GroupError
-from p2pcodistill.simulation import job_run, outcome, processes
+from p2pcodistill.report.history import SiteHistory
+from p2pcodistill.simulation import job_run, processes, run_record
 from p2pcodistill.simulation.links import JobLinks
-from p2pcodistill.simulation.processes import simulate
+from p2pcodistill.simulation.processes import resume, simulate
 
 REPOSITORY = Path(__file__).parents[2]
-GENEROUS_S = 30.0
 
 # What stands in for `p2pcodistill node`: reads its node file, does what FAKE_NODE says for its run and site, and tells it in
 # events. Faults wait for their counterpart at a named pipe, never for time to pass.
@@ -201,6 +202,12 @@ class Simulation:
         )
         return status, stream.getvalue()
 
+    def resume(self) -> tuple[int, str]:
+        """Go on with the newest run."""
+        stream = io.StringIO()
+        status = resume(Path("latest"), run_root=self.runs, stream=stream, node_command=self.node_command)
+        return status, stream.getvalue()
+
     def events(self, run: str, site: str) -> list[dict[str, Any]]:
         """The site's events in the newest run."""
         path = self.runs / "latest" / run / site / "events.jsonl"
@@ -245,7 +252,7 @@ def test_all_arms_finish_and_are_reported(simulation: Simulation) -> None:
     ]
     report = (folder / "report.html").read_text()
     assert "max_bytes_per_site" in report, "the configuration is in the report"
-    assert outcome.versions(2)["torch"] in report
+    assert run_record.versions(2)["torch"] in report
     assert f"{folder.name}/summary.json" in shown
     assert f"{folder.name}/report.html" in shown
     assert "codistilled" in shown
@@ -330,6 +337,47 @@ def test_a_signal_stops_every_node_in_order(
     assert f"stopped by {signum.name}" in shown
     assert "small-" in shown.splitlines()[-1], "where to find what was written"
     assert not list((simulation.runs / "latest").glob("alone-seed0/*/node.log")), "nothing else was started"
+
+
+def test_what_has_finished_is_kept_and_nodes_that_were_stopped_go_on(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "report", lambda *_: None)
+    simulation.content["arms"] = [{"name": kind, "kind": kind} for kind in ("codistilled", "pooled")]
+    simulation.behave({"pooled-seed0/pooled": "interrupt"})
+    assert simulation.run()[0] == 128 + signal.SIGINT
+    run_folder = (simulation.runs / "latest").resolve()
+    key = (run_folder / "pooled-seed0/nodes/pooled.key").read_text()
+    simulation.behave({})
+    status, shown = simulation.resume()
+    assert status == 0 and "1 of 2 jobs done, 1 waiting" in shown
+    lives = {path.parent.name: path.read_text().count(" does: ") for path in run_folder.rglob("node.log")}
+    assert lives == {"berlin": 1, "tokyo": 1, "pooled": 2}
+    assert (run_folder / "pooled-seed0/nodes/pooled.key").read_text() == key
+    assert SiteHistory.read(run_folder / "pooled-seed0/pooled/events.jsonl").num_node_starts == 2
+    status, shown = simulation.resume()
+    assert status == 0 and shown.splitlines()[0].endswith(f"{run_folder.name} is complete")
+
+
+@pytest.mark.parametrize("has_faults", [False, True])
+def test_sites_that_were_stopped_together_go_on_together_but_for_faults(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch, has_faults: bool
+) -> None:
+    monkeypatch.setattr(processes, "report", lambda *_: None)
+    monkeypatch.setattr(job_run, "LINGER_S", 0.0)
+    faults = [{"kind": "kill", "sites": ["tokyo"], "at_step": 50}] if has_faults else []
+    only_codistilled(simulation, *faults)
+    simulation.behave({"codistilled-seed0/tokyo": "interrupt", "codistilled-seed0/berlin": "wait"})
+    assert simulation.run()[0] == 128 + signal.SIGINT
+    # What comes back in a second life is in its first where the job began anew.
+    simulation.behave(
+        {"codistilled-seed0/tokyo": "come back", "codistilled-seed0/berlin": "stay"} if has_faults else {}
+    )
+    assert simulation.resume()[0] == 0
+    num_lives = 1 if has_faults else 2
+    for site in ("berlin", "tokyo"):
+        events = simulation.events("codistilled-seed0", site)
+        assert [record["event"] for record in events].count("node-started") == num_lives
 
 
 def test_a_second_signal_kills_at_once(simulation: Simulation) -> None:

@@ -12,14 +12,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 import pytest
+from patience import GENEROUS_S
 
-from p2pcodistill.simulation.scenario_tables import LinkConfig
+from p2pcodistill.simulation.link_config import LinkConfig
 from p2pcodistill.simulation.shaping import Direction, LinkShape, ShapedLink
 from p2pcodistill.strict import parse_model
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 Dial = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
-DEADLINE_S = 30.0
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -59,7 +59,7 @@ async def shaped(
         return reader, writer
 
     try:
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(GENEROUS_S):
             yield link, dial
     finally:
         for writer in writers:
@@ -86,6 +86,16 @@ async def ping(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> fl
     return time.monotonic() - begun_s
 
 
+async def first_within(limit_s: float, measure: Callable[[], Awaitable[float]]) -> float:
+    """The first of many measurements that is below the limit: other work on the machine delays some of them, not all."""
+    measured_s = []
+    for _ in range(30):
+        measured_s.append(await measure())
+        if measured_s[-1] < limit_s:
+            return measured_s[-1]
+    raise AssertionError(f"never below {limit_s} s: {measured_s}")
+
+
 async def test_a_perfect_link_changes_nothing() -> None:
     content = random.Random(1).randbytes(3_000_000)
     async with shaped(LinkShape(), acknowledge) as (link, dial):
@@ -98,19 +108,25 @@ async def test_all_connections_share_the_bandwidth_fairly() -> None:
     num_bytes = 250_000
     contents = [random.Random(index).randbytes(num_bytes) for index in range(2)]
     async with shaped(LinkShape(bandwidth_mbit=8.0), acknowledge) as (link, dial):
-        ended_s: list[float] = []
+        num_bytes_when_over: list[int] = []
 
         async def transfer(content: bytes) -> bytes:
             digest = await send(dial, content)
-            ended_s.append(time.monotonic() - begun_s)
+            num_bytes_when_over.append(link.num_bytes_forwarded)
             return digest
 
-        begun_s = time.monotonic()
-        digests = await asyncio.gather(*map(transfer, contents))
-        assert digests == [hashlib.sha256(content).digest() for content in contents]
-        bytes_per_s = link.num_bytes_forwarded / max(ended_s)
-        assert 0.5e6 < bytes_per_s < 1.03e6  # half of it at least, on a machine with other work
-        assert min(ended_s) > 0.7 * max(ended_s)
+        async def transfer_both() -> float:
+            num_bytes_when_over.clear()
+            num_bytes_before, begun_s = link.num_bytes_forwarded, time.monotonic()
+            digests = await asyncio.gather(*map(transfer, contents))
+            taken_s = time.monotonic() - begun_s
+            assert digests == [hashlib.sha256(content).digest() for content in contents]
+            first, both = (num_bytes - num_bytes_before for num_bytes in num_bytes_when_over)
+            assert both < 1.03e6 * taken_s
+            assert first > 0.7 * both, "one after the other, half had arrived when the first one was over"
+            return taken_s
+
+        await first_within(2 * len(contents) * num_bytes / 1e6, transfer_both)
 
 
 async def test_a_far_link_delays_and_stays_full() -> None:
@@ -118,13 +134,18 @@ async def test_a_far_link_delays_and_stays_full() -> None:
     content = bytes(1_000_000)
     async with shaped(shape) as (link, dial):
         ends = await dial()
-        assert 0.1 <= min([await ping(*ends) for _ in range(3)]) < 0.3
+        assert await first_within(0.3, lambda: ping(*ends)) >= 0.1
     async with shaped(shape, acknowledge) as (link, dial):
-        begun_s = time.monotonic()
-        await send(dial, content)
+
+        async def transfer() -> float:
+            num_bytes_before, begun_s = link.num_bytes_forwarded, time.monotonic()
+            await send(dial, content)
+            taken_s = time.monotonic() - begun_s
+            assert link.num_bytes_forwarded - num_bytes_before == len(content) + 32
+            return taken_s
+
         # A handshake, half a second of bytes, and a round trip: a link that waited for acknowledgements would need more.
-        assert 0.69 < time.monotonic() - begun_s < 1.4
-        assert link.num_bytes_forwarded == len(content) + 32
+        assert await first_within(1.4, transfer) > 0.69
 
 
 async def test_jitter_and_losses_delay_but_keep_the_order_and_depend_on_the_seed() -> None:
@@ -157,13 +178,12 @@ async def test_little_is_buffered_and_the_sender_is_pushed_back() -> None:
         with socket.socket(fileno=socket.dup(end.fileno())) as raw:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 10)
             num_sent, begun_s = 0, time.monotonic()
-            while (elapsed_s := time.monotonic() - begun_s) < 1.0:
+            while (elapsed_s := time.monotonic() - begun_s) < 1.0 or num_sent <= 25_000:
                 with suppress(BlockingIOError):
                     num_sent += raw.send(bytes(4096))
                 await asyncio.sleep(0.01)
         # What the link has carried, one bandwidth-delay product, and the small buffers of the kernel on both of its sides.
         assert num_sent < elapsed_s * 125_000 + shape.buffer_bytes + 100_000
-        assert num_sent > 25_000
 
 
 async def test_a_cut_is_a_reset_at_both_ends_and_a_new_connection_works() -> None:
@@ -235,8 +255,8 @@ async def test_a_dark_link_swallows_what_is_sent_and_goes_on_where_it_was() -> N
         await ping(reader, writer)
         link.black_hole(True)
         writer.write(b"into the dark")
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(reader.read(1), 0.1)
+        while not link.num_swallowed:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
         assert link.num_bytes_forwarded == 2
         link.black_hole(False)
         assert await reader.readexactly(13) == b"into the dark"

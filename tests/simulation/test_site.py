@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from patience import GENEROUS_S
 
 from p2pcodistill.simulation.files import NodeFiles
 from p2pcodistill.simulation.site import SiteProcess
@@ -49,11 +50,16 @@ async def start(site: SiteProcess) -> list[psutil.Process]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(GENEROUS_S):
         while True:
             if condition():
                 return
             await asyncio.sleep(0.01)
+
+
+async def require_gone(processes: list[psutil.Process]) -> None:
+    _, alive = await asyncio.to_thread(psutil.wait_procs, processes, timeout=GENEROUS_S)
+    assert alive == []
 
 
 async def test_a_slowed_site_works_a_tenth_of_the_time_and_is_as_quick_as_ever_afterwards(
@@ -73,7 +79,7 @@ async def test_a_slowed_site_works_a_tenth_of_the_time_and_is_as_quick_as_ever_a
     await asyncio.wait([crawl])
     assert worker.status() != psutil.STATUS_STOPPED
     await site.kill()
-    assert not any(process.is_running() for process in (*others, worker))
+    await require_gone([*others, worker])
     assert (site.is_running, site.is_expected_to_end) == (False, True)
 
 
@@ -82,7 +88,7 @@ async def test_a_site_that_is_killed_while_it_is_slowed_leaves_nothing(site: Sit
     crawl = asyncio.create_task(site.crawl(1000.0))
     await until(lambda: processes[-1].status() == psutil.STATUS_STOPPED)
     await site.kill()
-    assert not any(process.is_running() for process in processes)
+    await require_gone(processes)
     crawl.cancel()
     await asyncio.wait([crawl])
     assert not site.is_running

@@ -178,6 +178,39 @@ def test_staleness_on_a_thin_link_is_what_bandwidth_and_size_make_it() -> None:
     assert behind.mean_steps >= 100
 
 
+def test_a_slow_student_holds_nobody_up_and_catches_up_by_keyframes() -> None:
+    # A delta frame every 5 s takes 6.7 s on its link, a keyframe 67 s; the seven others have links to spare.
+    model = SyntheticModel(num_fp16_bytes=10_000_000, keyframe_bytes=5_000_000, delta_bytes=500_000)
+    schedule = SyntheticSchedule(num_versions=40, interval_steps=50, step_time_s=0.1, first_step=50)
+    thin = LinkShape(bandwidth_mbit=0.6, latency_ms=20)
+    topology = build_topology("star:9", members := [str(index) for index in range(9)])
+    hub, *fast, slow = members
+
+    def run(to_slow: LinkShape) -> Told:
+        told = Told()
+        shapes = dict.fromkeys(neighbour_pairs(topology), (WIDE, WIDE)) | {(hub, slow): (to_slow, WIDE)}
+        made = SyntheticRun(topology, model, schedule, shapes=shapes, on_event=told)
+        made.run(400.0)
+        assert made.is_complete
+        return told
+
+    def swaps(told: Told, site: str) -> dict[int, float]:
+        records = told.of("teacher-swapped", site=site, teacher=hub)
+        return {record["teacher_step"]: record["time_unix_s"] for record in records}
+
+    alike, unlike = run(WIDE), run(thin)
+    for site in fast:
+        assert len(swaps(alike, site)) == schedule.num_versions
+        assert swaps(unlike, site) == pytest.approx(swaps(alike, site), abs=0.1), (
+            "chunks are smaller, that is all"
+        )
+    assert {record["kind"] for record in unlike.of("frame-fetched", site=slow)} == {"keyframe"}
+    times_s = [0.0, *swaps(unlike, slow).values()]
+    assert len(times_s) == 5 and all(b - a < 75.0 for a, b in itertools.pairwise(times_s)), (
+        "one after the other"
+    )
+
+
 def test_versions_arrive_in_spite_of_losses_and_resets() -> None:
     told = Told()
     rough = LinkShape(bandwidth_mbit=8, latency_ms=100, jitter_ms=50, loss_ratio=0.05, reset_interval_s=7)

@@ -120,7 +120,11 @@ operations = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(steps=st.lists(operations, max_size=25))
 def test_it_answers_as_the_store_on_disk(tmp_path: Path, steps: list[tuple[str, object]]) -> None:
     folder = tmp_path / str(len(list(tmp_path.iterdir())))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import GENEROUS_S
 
 from p2pcodistill.errors import DataError
 from p2pcodistill.tasks.vocabulary import (
@@ -141,7 +142,7 @@ def test_the_same_text_gives_the_same_file_in_every_process(path: Path, tmp_path
         f"Path(sys.argv[1]).write_bytes(train_word_pieces({DOCUMENTS!r}, {SIZE}))"
     )
     again = tmp_path / "again.json"
-    subprocess.run([sys.executable, "-c", code, str(again)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, str(again)], check=True, timeout=GENEROUS_S)
     assert again.read_bytes() == path.read_bytes()
 
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import zmq
 import zmq.asyncio
+from patience import GENEROUS_S
 from zmq.utils import z85
 
 from p2pcodistill.errors import AddressError
@@ -34,7 +35,6 @@ from p2pcodistill.transport.receipts import MIN_UNDER_WAY_BYTES, RECEIPT_INTERVA
 from p2pcodistill.transport.sockets import Timing
 from p2pcodistill.transport.zeromq import PeerEndpoint, ZeroMQTransport
 
-GENEROUS_S = 30.0
 TIMING = Timing(keep_alive_s=0.05, min_redial_s=0.01, max_redial_s=0.05, refusal_interval_s=0.0)
 ANYWHERE = "tcp://127.0.0.1:0"
 E = TypeVar("E")
@@ -303,7 +303,7 @@ async def until_hung_up(reader: asyncio.StreamReader) -> None:
 )
 async def test_garbage_on_the_port_harms_nobody(transports: list[ZeroMQTransport], garbage: bytes) -> None:
     server = await open_site(
-        transports, LOW, timing=Timing(silence_timeout_s=0.3), friend=PeerEndpoint(HIGH.public)
+        transports, LOW, timing=Timing(silence_timeout_s=1.0), friend=PeerEndpoint(HIGH.public)
     )
     reader, writer = await asyncio.open_connection(*split_address(server.listen_address))
     writer.write(garbage)
@@ -457,12 +457,12 @@ async def test_a_frame_over_the_cap_costs_its_sender_the_connection(
 
 
 async def test_a_peer_that_falls_silent_is_given_up(transports: list[ZeroMQTransport]) -> None:
-    timing = Timing(keep_alive_s=0.02, silence_timeout_s=0.2)
+    timing = Timing(keep_alive_s=0.05, silence_timeout_s=1.0)
     server = await open_site(transports, LOW, timing=timing, friend=PeerEndpoint(HIGH.public))
     with Stranger(HIGH, server.listen_address, LOW.public) as friend:
         await friend.greet()
         assert await next_event(server) == Opened("friend")
-        assert "silent for 0.2 s" in (await expect(server, Closed)).why
+        assert "silent for 1 s" in (await expect(server, Closed)).why
         await friend.say(Lane.CONTROL, wire.KEEP)
         assert [wire.BYE] in [await friend.hear(Lane.CONTROL) for _ in range(2)], "it learns that it is over"
 
@@ -470,7 +470,7 @@ async def test_a_peer_that_falls_silent_is_given_up(transports: list[ZeroMQTrans
 async def test_who_does_not_read_takes_nobody_for_silent(
     transports: list[ZeroMQTransport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timing = Timing(keep_alive_s=0.02, silence_timeout_s=0.2)
+    timing = Timing(keep_alive_s=0.1, silence_timeout_s=1.0)
     b = await open_site(transports, LOW, timing=timing, a=PeerEndpoint(HIGH.public))
     a = await open_site(transports, HIGH, b=reached_at(LOW, b))
     await expect(a, Opened)

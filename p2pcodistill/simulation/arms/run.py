@@ -47,7 +47,7 @@ class ArmRun:
     ) -> None:
         self.config = job.arm
         self.scenario = scenario.of_arm(job.arm)
-        self.sites = scenario.site_names
+        self.sites = scenario.sites_of(job.arm)
         self.topology = build_topology(self.scenario.topology, self.sites)
         self.training: TrainingConfig = seeded_training(self.scenario.training, job.arm, job.seed)
         self.step_times = StepTimes(self.scenario.virtual, seed=job.seed)

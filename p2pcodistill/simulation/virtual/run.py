@@ -17,8 +17,9 @@ from p2pcodistill.checkpoint.manifest import (
     sign_manifest,
     verify_manifest,
 )
-from p2pcodistill.gossip import protocol as gossip
+from p2pcodistill.gossip.membership import members_digest
 from p2pcodistill.gossip.messages import PROTOCOL_VERSION, Hello
+from p2pcodistill.gossip.protocol import DEFAULT_PING_INTERVAL_S, DEFAULT_WINDOW_BYTES
 from p2pcodistill.identity import Identity, PublicIdentity
 from p2pcodistill.simulation.fault_config import CUTS, FaultConfig
 from p2pcodistill.simulation.faults import FaultSchedule, Partitions, joiners
@@ -51,10 +52,10 @@ class VirtualSettings:
     bytes_scale: int = 1
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
     """Of a chunk in memory."""
-    window_bytes: int = gossip.DEFAULT_WINDOW_BYTES
+    window_bytes: int = DEFAULT_WINDOW_BYTES
     """In memory, too."""
     tick_s: float = TICK_S
-    ping_interval_s: float = gossip.DEFAULT_PING_INTERVAL_S
+    ping_interval_s: float = DEFAULT_PING_INTERVAL_S
     traffic_interval_s: float | None = TRAFFIC_INTERVAL_S
     """None: traffic is measured once, in the end."""
     fault_poll_s: float = DEFAULT_FAULT_POLL_S
@@ -99,7 +100,7 @@ class VirtualRun:
             run=name,
             clock=self.clock,
             members=members,
-            members_digest=gossip.members_digest(members),
+            members_digest=members_digest(members),
             topology_digest=topology.digest,
             students_of={member: topology.students_of(member) for member in topology.members},
             on_event=on_event,

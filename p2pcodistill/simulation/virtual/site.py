@@ -19,8 +19,10 @@ from p2pcodistill.checkpoint.manifest import (
     digest_chunks,
 )
 from p2pcodistill.errors import OversizedError
-from p2pcodistill.gossip import protocol as gossip
-from p2pcodistill.gossip.messages import Chunk, Gone, Lane, Payload, encode_message
+from p2pcodistill.gossip import events as gossip
+from p2pcodistill.gossip.codec import encode_message
+from p2pcodistill.gossip.messages import Chunk, Gone, Lane, Payload
+from p2pcodistill.gossip.protocol import Gossip
 from p2pcodistill.identity import Identity
 from p2pcodistill.simulation.virtual.links import VirtualLink
 from p2pcodistill.simulation.virtual.ranks import EncodedBytes, Ranks
@@ -61,7 +63,7 @@ class VirtualSite:
         self._around = surroundings
         self._clock = surroundings.clock
         self._scale = surroundings.bytes_scale
-        self._gossip: gossip.Gossip | None = None
+        self._gossip: Gossip | None = None
         self._events: deque[gossip.Event] = deque()
         self._is_feeding = False
         self._refusals = RefusalLog(self._report_rejected, REFUSAL_INTERVAL_S)
@@ -88,7 +90,7 @@ class VirtualSite:
             store.restart()
         self.num_starts += 1
         self.announced.clear()
-        self._gossip = gossip.Gossip(
+        self._gossip = Gossip(
             self.name,
             around.run,
             around.members,
@@ -101,6 +103,7 @@ class VirtualSite:
             [frame.signed for frame in store.frames(self.name)],
             store.pinned_schemas,
             max_frame_bytes=MAX_FRAME_BYTES,
+            sign=self._identity.sign,
             window_bytes=around.window_bytes,
             stall_timeout_s=around.stall_timeout_s,
             students_of=around.students_of,

@@ -12,8 +12,12 @@ from p2pcodistill.checkpoint.manifest import (
     sign_manifest,
     verify_manifest,
 )
-from p2pcodistill.gossip import protocol as gossip
 from p2pcodistill.gossip.announce import Verify
+from p2pcodistill.gossip.protocol import (
+    DEFAULT_PING_INTERVAL_S,
+    DEFAULT_STALL_TIMEOUT_S,
+    DEFAULT_WINDOW_BYTES,
+)
 from p2pcodistill.identity import Identity, PublicIdentity
 from p2pcodistill.simulation.virtual.clock import VirtualClock
 from p2pcodistill.telemetry.event import Event as TelemetryEvent
@@ -44,9 +48,9 @@ class Surroundings:
     on_event: OnEvent
     bytes_scale: int = 1
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
-    window_bytes: int = gossip.DEFAULT_WINDOW_BYTES
-    stall_timeout_s: float = gossip.DEFAULT_STALL_TIMEOUT_S
-    ping_interval_s: float = gossip.DEFAULT_PING_INTERVAL_S
+    window_bytes: int = DEFAULT_WINDOW_BYTES
+    stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S
+    ping_interval_s: float = DEFAULT_PING_INTERVAL_S
     sign: Callable[[Manifest, Identity], SignedManifest] = sign_manifest
     verify: Verify = verify_manifest
     tick_s: float = TICK_S

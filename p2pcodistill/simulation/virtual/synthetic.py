@@ -236,6 +236,8 @@ class SyntheticRanks:
         self._num_deltas = 0 if is_keyframe else self._num_deltas + 1
         self._site.publish(self._encode(self._last_step, self._knowledge, is_keyframe=is_keyframe))
         if self.has_finished:
+            if self._num_deltas * self._model.delta_bytes > self._model.keyframe_bytes:
+                self.make_keyframe()  # as real ranks do: nobody will be here to make one when a student asks
             self._count()
             self._site.report(training_events.TrainingEnded(self._last_step, True, 0.0, self._clock.now_s))
             self._site.finish()
