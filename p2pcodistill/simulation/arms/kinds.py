@@ -30,7 +30,9 @@ class ArmKind:
 
 
 KINDS = {
-    "codistilled": ArmKind("together", frozenset({"codistillation", "frames", "topology", "links", "num_workers"})),
+    "codistilled": ArmKind(
+        "together", frozenset({"codistillation", "frames", "topology", "links", "num_workers"})
+    ),
     "alone": ArmKind("apart", frozenset({"num_workers"})),
     "pooled": ArmKind("one", frozenset({"num_workers"})),
     "synchronous": ArmKind("one", frozenset({"num_workers", "precision"}), "synchronous"),
