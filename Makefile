@@ -17,7 +17,7 @@ ARGS ?=
 demo: $(READY) ## two sites codistil on real text, live; ends with a table and a report
 	$(BIN)/p2pcodistill simulate simulations/pair.toml $(ARGS)
 
-reproduce: $(READY) ## every claim's scenario, some four hours on two cores; goes on where it was stopped (ARGS="two_phase" for one)
+reproduce: $(READY) ## every claim's scenario, for hours; goes on where it was stopped (ARGS="two_phase" for one)
 	$(BIN)/python simulations/reproduce.py $(ARGS)
 
 test: $(READY) ## the whole test suite

@@ -66,11 +66,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(name: str) -> int:
-    """Run the scenario, or go on with the run of it that there is. Exit status 0 also where that has ended before."""
+    """Run the scenario, or go on with the run of it that there is; of a complete one, only the report is written again."""
     folder = latest_run(name)
-    if folder is not None and (folder / RESULT_FILE).exists():
-        print(f"is complete: {folder}", flush=True)
-        return 0
     if folder is None:
         what = [str(FOLDER / f"{name}.toml"), "--runs", str(RUNS)]
     else:
@@ -79,8 +76,11 @@ def run(name: str) -> int:
 
 
 def latest_run(name: str) -> Path | None:
-    """The newest run folder of the scenario, complete or not; their names end with date and time."""
-    return max(RUNS.glob(f"{name}-[0-9]*"), default=None)
+    """The newest run folder of the scenario, complete or not; their names end with date and time.
+
+    One that was stopped before it had a scenario does not count: there is nothing to go on with.
+    """
+    return max((file.parent for file in RUNS.glob(f"{name}-[0-9]*/scenario.toml")), default=None)
 
 
 if __name__ == "__main__":
