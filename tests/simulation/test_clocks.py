@@ -89,4 +89,4 @@ def test_nothing_but_event_logs_and_the_names_of_run_folders_depends_on_a_wall_c
         for path in sorted(package.rglob("*.py"))
         if (found := wall_clock.findall(path.read_text())) and path.name != "clocks.py"
     }
-    assert readers == {"telemetry/records.py": 1, "simulation/processes.py": 1}
+    assert readers == {"telemetry/records.py": 1, "simulation/processes.py": 1, "simulation/reporting.py": 1}

@@ -26,10 +26,11 @@ assert keep_freed_buffers()
 num_pages = (4 << 20) // resource.getpagesize()
 count_faults(4 << 20)
 assert count_faults(4 << 20) < num_pages / 2, "the same pages again"
+buffers = [0] * 200  # beforehand: a list that grows may end up above the buffers, and keep them from being returned
 held_bytes = resident_bytes()
-buffers = [malloc(1 << 20) for _ in range(200)]
-for buffer in buffers:
-    ctypes.memset(buffer, 1, 1 << 20)
+for index in range(len(buffers)):
+    buffers[index] = malloc(1 << 20)
+    ctypes.memset(buffers[index], 1, 1 << 20)
 assert resident_bytes() > held_bytes + (190 << 20)
 for buffer in buffers:
     free(buffer)
