@@ -5,7 +5,8 @@ group, and a group that restarts resumes from an earlier step. The rules:
 
 - curves keep what led to the present model: when training goes back to a step, what was recorded beyond it is dropped, and
   of two records of one step the later one stays;
-- totals keep what was really spent: bytes, teacher swaps, published frames and seconds add up over all lives.
+- totals keep what was really spent: bytes, teacher swaps, published frames and seconds add up over all lives; pauses between
+  them, for which a simulation was stopped, do not count.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeAlias, TypeVar
 
+from p2pcodistill.report.lives import Elapsed, TrafficTotals
 from p2pcodistill.report.peers import PeerHistory, note_peers
 from p2pcodistill.telemetry.event import Event
 from p2pcodistill.telemetry.log import EventTail
@@ -63,9 +65,10 @@ def read_event(record: Record) -> Event:
 
 
 class TrafficPoint(NamedTuple):
-    """Bytes moved up to a moment: since the first record, over all lives of the node, envelopes included."""
+    """Bytes moved up to a moment, over all lives of the node, envelopes included."""
 
     time_s: float
+    """As of an `EvaluationDetail`."""
     num_bytes_sent: int
     num_bytes_received: int
     step: int
@@ -77,7 +80,7 @@ class EvaluationDetail:
     """What there is to an evaluation beside its loss."""
 
     time_s: float
-    """Since the first record."""
+    """Since the first record, without the time for which a simulation was stopped."""
     num_bytes_sent: int
     """By then."""
     metrics: Mapping[str, float]
@@ -141,38 +144,6 @@ class TeacherTracker:
     def lag_steps(self, student_step: int) -> dict[str, int]:
         """Per teacher in use: `student_step` minus the teacher's step; negative for a student that is behind."""
         return {teacher: student_step - step for teacher, (_, step) in self._in_use.items()}
-
-
-class TrafficTotals:
-    """Bytes sent and received over all lives of a node, from counters that start at 0 in each."""
-
-    def __init__(self) -> None:
-        self._earlier = (0, 0)
-        self._current = (0, 0)
-
-    def update(self, event: Event) -> None:
-        """Take a start of the node or a measurement into account; other events change nothing."""
-        if isinstance(event, NodeStarted):
-            self._begin_life()
-        elif isinstance(event, TrafficMeasured):
-            measured = (event.num_bytes_sent, event.num_bytes_received)
-            if measured[0] < self._current[0] or measured[1] < self._current[1]:
-                self._begin_life()  # the record of the start was torn when the machine went down
-            self._current = measured
-
-    def _begin_life(self) -> None:
-        self._earlier = (self.num_bytes_sent, self.num_bytes_received)
-        self._current = (0, 0)
-
-    @property
-    def num_bytes_sent(self) -> int:
-        """Bytes handed to the transport so far."""
-        return self._earlier[0] + self._current[0]
-
-    @property
-    def num_bytes_received(self) -> int:
-        """Bytes received from the transport so far."""
-        return self._earlier[1] + self._current[1]
 
 
 @dataclass(slots=True)
@@ -244,8 +215,9 @@ class SiteHistory:
     def of(cls, records: Iterable[Record]) -> SiteHistory:
         """The history that `records` tell, in their order."""
         history = cls()
+        records = list(records)
         teachers, traffic = TeacherTracker(), TrafficTotals()
-        start_time_s: float | None = None
+        elapsed = Elapsed(counts_pauses=any(record.get("event") == FaultInjected.name for record in records))
         last_step = 0
         for record in records:
             try:
@@ -253,7 +225,7 @@ class SiteHistory:
             except ValueError:
                 continue
             time_s = float(record.get("time_unix_s") or 0.0)
-            start_time_s = time_s if start_time_s is None else start_time_s
+            elapsed_s = elapsed.update(event, time_s)
             teachers.update(event)
             traffic.update(event)
             note_peers(history.peers, event)
@@ -275,7 +247,7 @@ class SiteHistory:
                     _put(history.evaluations, event.step, _number(event.val_loss))
                     metrics = {name: _number(value) for name, value in event.metrics.items()}
                     history.evaluation_details[event.step] = EvaluationDetail(
-                        time_s - start_time_s, traffic.num_bytes_sent, metrics
+                        elapsed_s, traffic.num_bytes_sent, metrics
                     )
                 case TeacherSwapped():
                     history.num_teacher_swaps += 1
@@ -301,7 +273,6 @@ class SiteHistory:
                 case FaultInjected():
                     history.faults.append((event.kind, event.step))
                 case TrafficMeasured():
-                    elapsed_s = time_s - start_time_s
                     history.num_bytes_sent = traffic.num_bytes_sent
                     history.num_bytes_received = traffic.num_bytes_received
                     history.traffic.append(

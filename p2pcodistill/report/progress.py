@@ -9,8 +9,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from p2pcodistill.report.history import TeacherTracker, TrafficTotals, read_event
+from p2pcodistill.report.history import TeacherTracker, read_event
 from p2pcodistill.report.links import link_sentence, rate_mbit
+from p2pcodistill.report.lives import TrafficTotals
 from p2pcodistill.report.summary import reasons_in_words
 from p2pcodistill.report.table import ABSENT, byte_count
 from p2pcodistill.telemetry.event import Event

@@ -89,7 +89,7 @@ def traffic(arms: Sequence[ArmResult], summary: Summary) -> Figure:
         over_steps.yaxis.set_major_formatter(EngFormatter("B"))
         over_steps.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         if len(arm.sites) <= MAX_NAMED_LINES and over_steps.get_legend_handles_labels()[0]:
-            over_steps.legend(title="codistilled", title_fontsize=9)
+            over_steps.legend(loc="lower right", title="codistilled", title_fontsize=9)
         totals.set_title("In the whole run, per site")
         _draw_bars(totals, rows)
         return figure

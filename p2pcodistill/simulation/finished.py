@@ -2,8 +2,9 @@
 
     {"scenario": digest of scenario.toml, "finished": {job: {"duration_s": 12.3, "files": {"relative path": bytes}}}}
 
-A job that is in there, and whose files are there in that size, is not run again. It is entered after its sites' training has
-ended and its files are on the disk, so that a folder alone means nothing.
+`duration_s` is the time that it ran since its last start. A job that is in there, and whose files are there in that size, is
+not run again. It is entered after its sites' training has ended and its files are on the disk, so that a folder alone means
+nothing. Its files are those that the report needs: logs and predictions. Models, which are large, may be removed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class FinishedJobs:
             return
         try:
             self._record = json.loads(path.read_bytes())
-            was, _ = self._record["scenario"], self._record["finished"].items()
+            was = self._record["scenario"]
+            for entry in self._record["finished"].values():
+                _check_entry(entry)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise RunFolderError(f"{path} is damaged: remove it, and all jobs run again") from None
         if was != digest:
@@ -50,7 +53,7 @@ class FinishedJobs:
             )
 
     def duration_s(self, job: Job) -> float | None:
-        """How long the job took; None for one that has not finished, or of which something is missing."""
+        """How long the job ran since its last start; None where it has not finished, or something is missing."""
         entry = self._record["finished"].get(job.name)
         if entry is None or any(self._size(path) != size for path, size in entry["files"].items()):
             return None
@@ -73,11 +76,10 @@ class FinishedJobs:
                 raise GroupError(failure(job, place, "ended before its training was finished"))
 
     def _results(self, job: Job) -> list[str]:
-        """All that anything is read from later, relative to the run folder."""
+        """All that the report is made from, relative to the run folder."""
         paths = [simulator_events(job, self._folder), self._folder / job.run / RESULT_FILE]
         for place in node_files(job, self._folder):
-            folder = place.run_folder
-            paths += [place.events, folder / PREDICTIONS_FILE, folder / "model.safetensors"]
+            paths += [place.events, place.run_folder / PREDICTIONS_FILE]
         return [path.relative_to(self._folder).as_posix() for path in paths]
 
     def _size(self, path: str) -> int | None:
@@ -85,6 +87,13 @@ class FinishedJobs:
             return (self._folder / path).stat().st_size
         except FileNotFoundError:
             return None
+
+
+def _check_entry(entry: Any) -> None:
+    """Raise one of ValueError, KeyError, TypeError, AttributeError for a damaged entry of a job."""
+    sizes = entry["files"].values()
+    if not isinstance(entry["duration_s"], int | float) or not all(isinstance(size, int) for size in sizes):
+        raise TypeError
 
 
 def _has_finished(place: NodeFiles) -> bool:

@@ -173,6 +173,8 @@ class JobRun:
         while self._is_wanted[name].is_set() or name in self._between_lives or self._schedule.starts(name):
             await self._is_wanted[name].wait()
             deed = self._deeds.get(name)
+            self._read_events()
+            self._finished.discard(name)  # what an earlier life said of its end
             await site.start(None if deed is None else (*HOSTILE_COMMAND, deed))
             self._is_wanted[name].clear()
             try:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from p2pcodistill.checkpoint.durable import write_whole
 from p2pcodistill.errors import GroupError, RunFolderError
 from p2pcodistill.report.arm_figures import arm_figures
 from p2pcodistill.report.comparison import Comparison, arms_table, claims_table, compare, markdown
@@ -20,7 +21,7 @@ from p2pcodistill.simulation.clocks import put_right
 from p2pcodistill.simulation.files import SCENARIO_FILE, NodeFiles, node_files, simulator_events
 from p2pcodistill.simulation.job_run import expected_to_finish, failure
 from p2pcodistill.simulation.jobs import Job, make_jobs
-from p2pcodistill.simulation.run_record import read_run_record
+from p2pcodistill.simulation.run_record import describe_changes, read_run_record
 from p2pcodistill.simulation.scenario import ScenarioConfig
 from p2pcodistill.simulation.synthetic_config import RESULT_FILE as SYNTHETIC_RESULT_FILE
 from p2pcodistill.telemetry.log import EventTail
@@ -43,7 +44,8 @@ def report(
     """Write summary and report of the scenario's run in `folder` into `out`, by default there; print its table.
 
     `baseline` is the arm that the others are compared with, by default the strongest of those that claims compare with.
-    With `is_partial`, jobs need not have ended: the report is of what there is, and says what is missing.
+    With `is_partial`, jobs need not have ended: the report is of what there is, and says what is missing. The Markdown file
+    is written last, and only of what is complete.
 
     Raises GroupError when a site has not finished its training that no fault has taken away, and RunFolderError when nothing
     that could be reported has happened yet, or the run is of another format.
@@ -68,13 +70,18 @@ def _report_training(
     made_with = read_run_record(folder)
     results = read_results(scenario, folder, is_partial=is_partial)
     missing = unfinished(scenario, results)
+    changes = describe_changes(folder)
     arms = evaluated(scenario, results, folder)
     names = {arm.name for arm in arms}
     shown = next(
         (arm for arm in scenario.arms if arm.kind == "codistilled" and arm.name in names), scenario.arms[0]
     )
     summary = summarise(scenario.name, arms, scenario.training.num_steps, loss_unit=loss_unit_of(scenario))
-    summary["notes"] = [*unfinished(scenario, [a for a in results if a not in arms]), *summary["notes"]]
+    summary["notes"] = [
+        *unfinished(scenario, [a for a in results if a not in arms]),
+        *changes,
+        *summary["notes"],
+    ]
     comparison: Comparison | None = None
     section = None
     if scenario.claims or scenario.report.curves or scenario.report.bars or baseline is not None:
@@ -93,8 +100,6 @@ def _report_training(
         )
         save_pictures(pictures, out)
         section = comparison_section(comparison, pictures)
-        facts = [f"seeds {', '.join(map(str, scenario.seeds))}; {scenario.training.num_steps} steps"]
-        (out / RESULT_FILE).write_text(markdown(comparison, heading=scenario.title, facts=[*facts, *missing]))
     write_summary(summary, out)
     write_report(
         out / REPORT_FILE,
@@ -107,10 +112,14 @@ def _report_training(
         edges=_read_edges(scenario, folder, arms),
         topology=build_topology(shown.topology or scenario.topology, scenario.sites_of(shown)),
     )
+    if comparison is not None and not missing:
+        facts = [f"seeds {', '.join(map(str, scenario.seeds))}; {scenario.training.num_steps} steps", *changes]
+        text = markdown(comparison, heading=scenario.title, facts=facts)
+        write_whole(out / RESULT_FILE, text.encode())
     tables = [table(summary)]
     if comparison is not None:
         tables = [arms_table(comparison), *([claims_table(comparison)] if comparison.settled else [])]
-    tell(tables, missing, out, stream)
+    tell(tables, [*missing, *changes], out, stream)
 
 
 def _folders(scenario: ScenarioConfig, folder: Path) -> dict[tuple[str, int], Path]:
@@ -153,7 +162,7 @@ def _report_synthetic(
         configuration_text=(folder / SCENARIO_FILE).read_text(),
         versions=read_run_record(folder),
     )
-    tell([synthetic_table(summary)], missing, out, stream)
+    tell([synthetic_table(summary)], [*missing, *describe_changes(folder)], out, stream)
 
 
 def loss_unit_of(scenario: ScenarioConfig) -> str:

@@ -37,7 +37,7 @@ from p2pcodistill.simulation.job_run import JobRun
 from p2pcodistill.simulation.jobs import Job, make_jobs, plan, startable
 from p2pcodistill.simulation.namespaces import remove_leftovers, require_namespaces
 from p2pcodistill.simulation.outcome import read_results, report
-from p2pcodistill.simulation.run_record import read_setup, write_run_record
+from p2pcodistill.simulation.run_record import note_start, read_setup, write_run_record
 from p2pcodistill.simulation.scenario import ScenarioConfig, load_scenario
 from p2pcodistill.simulation.search import SEARCH_FOLDER, choose, describe_choice, search_scenario
 from p2pcodistill.simulation.virtual.jobs import VirtualJobs
@@ -175,6 +175,7 @@ class _Simulation:
         if not waiting:
             print(f"{folder} is complete", file=self._stream)
             return None
+        note_start(self._folder, self._num_cores)
         with make_view(title, self._stream) as view:
             watch = JobWatch(scenario, stage, progress=progress, finished=finished, view=view)
             if scenario.mode == "virtual":

@@ -72,7 +72,7 @@ def _require_run(folder: Path) -> None:
         return
     if (folder / SEARCH_FOLDER / SCENARIO_FILE).exists():
         raise RunFolderError(
-            f"{folder} was stopped while it searched for settings: report on its trials, {folder / SEARCH_FOLDER}"
+            f"{folder} was stopped before anything in it began, so there is nothing to report: run its scenario anew"
         )
     outer = next((parent for parent in folder.resolve().parents if (parent / SCENARIO_FILE).exists()), None)
     if outer is not None:

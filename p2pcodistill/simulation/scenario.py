@@ -22,6 +22,7 @@ from p2pcodistill.simulation.arm_config import ArmConfig, Label
 from p2pcodistill.simulation.arms.kinds import POOLED_SITE
 from p2pcodistill.simulation.fault_config import FaultConfig, require_order
 from p2pcodistill.simulation.link_config import LinkConfig, check_links
+from p2pcodistill.simulation.scenario_checks import check_edges, refuse_overlaps, refuse_repetition
 from p2pcodistill.simulation.scenario_file import load_scenario_table
 from p2pcodistill.simulation.scenario_tables import (
     DataConfig,
@@ -43,9 +44,7 @@ from p2pcodistill.strict import (
     parse_model,
 )
 from p2pcodistill.task_configs import LanguageModelConfig, TaskConfig, entry_in
-from p2pcodistill.tasks.entries import have_overlap
-from p2pcodistill.tasks.preflight import require_apart
-from p2pcodistill.topology.build import build_topology, default_members, map_files
+from p2pcodistill.topology.build import default_members, map_files
 
 SCENARIO_FOLDER = Path("simulations")
 
@@ -237,9 +236,9 @@ class ScenarioConfig(StrictModel):
     def _check(self) -> ScenarioConfig:
         if self.synthetic is not None:
             self.synthetic.require_versions()
-        _refuse_repetition("site", self.site_names)
-        _refuse_repetition("arm", [arm.name for arm in self.arms])
-        _refuse_repetition("seed", self.seeds)
+        refuse_repetition("site", self.site_names)
+        refuse_repetition("arm", [arm.name for arm in self.arms])
+        refuse_repetition("seed", self.seeds)
         for name in self.site_names:
             if name in _RESERVED_SITE_NAMES:
                 raise ConfigError(
@@ -299,35 +298,10 @@ class ScenarioConfig(StrictModel):
         return self
 
 
-def _refuse_overlaps(scenario: ScenarioConfig) -> None:
-    """Raise DataError where a site would train on held-out data, ConfigError where two have data in common that is said to
-    be disjoint. Paths are absolute.
-    """
-    of_sites = [path for site in scenario.sites for path in site.data]
-    unlabelled = scenario.task.unlabelled if isinstance(scenario.task, LanguageModelConfig) else ()
-    require_apart([*scenario.data.paths, *of_sites, *unlabelled], scenario.data.held_out)
-    if all((arm.sharing or scenario.data.sharing) == "same" for arm in scenario.arms):
-        return
-    for one, other in itertools.combinations(scenario.sites, 2):
-        for path, others in itertools.product(one.data, other.data):
-            if have_overlap(path, others):
-                inner = path if others.resolve() in path.resolve().parents else others
-                raise ConfigError(
-                    f"the sites {one.name!r} and {other.name!r} both have {inner}, "
-                    'and their data is to be disjoint: give each its own, or set data.sharing = "same"'
-                )
-
-
 def _overridden(section: Section, own: Section | None) -> Section:
     if own is None:
         return section
     return section.model_copy(update={key: getattr(own, key) for key in own.model_fields_set})
-
-
-def _refuse_repetition(what: str, values: Sequence[object]) -> None:
-    for value in values:
-        if values.count(value) > 1:
-            raise ConfigError(f"the {what} {value!r} is listed twice")
 
 
 def load_scenario(path: Path, overrides: Sequence[str] = (), *, data: Sequence[Path] = ()) -> ScenarioConfig:
@@ -352,31 +326,17 @@ def load_scenario(path: Path, overrides: Sequence[str] = (), *, data: Sequence[P
     if data:
         scenario = _replace_data(scenario, tuple(entry_in(Path(), given) for given in data))
     try:
-        _refuse_overlaps(scenario)
-        _check_edges(scenario.topology, scenario.site_names, scenario.links)
+        refuse_overlaps(scenario)
+        check_edges(scenario.topology, scenario.site_names, scenario.links)
         for arm in scenario.arms:
             if arm.kind == "codistilled" or arm.topology is not None:
                 of_arm = scenario.of_arm(arm)
-                _check_edges(of_arm.topology, scenario.sites_of(arm), of_arm.links)
+                check_edges(of_arm.topology, scenario.sites_of(arm), of_arm.links)
     except (ConfigError, DataError) as error:
         raise ConfigError(f"{path}: {error}") from None
     except TopologyError as error:
         raise TopologyError(f"{path}: {error}") from None
     return scenario
-
-
-def _check_edges(spec: str, sites: Sequence[str], links: Sequence[LinkConfig]) -> None:
-    """Raise TopologyError for one that does not fit the sites, ConfigError for a link that is none of its edges."""
-    topology = build_topology(spec, sites)
-    for link in links:
-        if link.between == "all":
-            continue
-        first, second = link.between
-        if second not in topology.neighbours_of(first):
-            raise ConfigError(
-                f"there is a link between {first!r} and {second!r}, which share no edge of the topology "
-                f"{spec!r}: remove it, or choose a topology that joins them"
-            )
 
 
 def _sites_of_topology(table: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -52,9 +52,9 @@ class JobWatch:
 
     def end(self, job: Job) -> None:
         """`job` has ended, and was not stopped. Raises GroupError when its training was not finished."""
-        entry = self._stage[job.name]
-        self._progress.end(entry, time.monotonic() - self._begun_s[job.name])
-        self._finished.add(job, entry.duration_s or 0.0)
+        duration_s = time.monotonic() - self._begun_s[job.name]
+        self._progress.end(self._stage[job.name], duration_s)
+        self._finished.add(job, duration_s)
         self._view.show_jobs(self._progress)
 
 

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pcodistill.errors import SignatureError, UnknownPeerError
+from p2pcodistill.errors import FloodedError, MalformedError, SignatureError, UnknownPeerError
 from p2pcodistill.gossip.events import PeerClosed, PeerOpened, TrainingFinished
-from p2pcodistill.gossip.finishing import Finishing
-from p2pcodistill.gossip.membership import members_digest
+from p2pcodistill.gossip.finishing import MAX_STATEMENTS, Finishing
+from p2pcodistill.gossip.membership import MAX_CREDIBLE_INCARNATION, members_digest
 from p2pcodistill.gossip.messages import PROTOCOL_VERSION, Finished, Hello
 from p2pcodistill.gossip.trust import MAX_REFUSALS
+from p2pcodistill.identity import PublicIdentity
 from p2pcodistill.telemetry.node_events import PeerQuarantined
 
 INCARNATION = 5
@@ -65,7 +66,9 @@ def test_what_the_member_did_not_sign_for_this_run_is_refused(sites: Any, change
     assert not berlin.is_finished("tokyo")
 
 
-@given(st.integers(0, 2**63 - 1), st.sampled_from(["berlin", "lima", "oslo"]), st.integers(0, 511))
+@given(
+    st.integers(0, MAX_CREDIBLE_INCARNATION), st.sampled_from(["berlin", "lima", "oslo"]), st.integers(0, 511)
+)
 def test_nothing_of_a_statement_can_be_changed(sites: Any, incarnation: int, member: str, bit: int) -> None:
     true = sites.finished("tokyo", incarnation=INCARNATION)
     flipped = (int.from_bytes(true.signature, "big") ^ (1 << bit)).to_bytes(64, "big")
@@ -97,10 +100,73 @@ def test_a_member_that_was_launched_again_has_not_finished(sites: Any) -> None:
 
     told.greet("tokyo", 1)
     assert not told.is_finished("tokyo"), "a new machine, which has not seen its peers yet"
+    for past in (old, new):
+        assert not told.hear("lima", past) and not told.is_finished("tokyo"), "those are of the old machine"
+    assert told.hear("tokyo", sites.finished("tokyo", incarnation=1)) and told.is_finished("tokyo")
+    assert not told.hear("lima", new)
+    told.greet("tokyo", 1)
+    assert told.is_finished("tokyo"), "another session of the same life"
+    told.greet("tokyo", 2)
+    assert not told.hear("lima", new) and not told.is_finished("tokyo")
+    assert told.hear("tokyo", sites.finished("tokyo", incarnation=INCARNATION + 2)), (
+        "told of its past meanwhile"
+    )
+
+    met = finishing(sites)
+    met.greet("tokyo", INCARNATION)
+    met.greet("tokyo", 1)
+    assert not met.hear("lima", old) and not met.is_finished("tokyo"), "nobody had said so before"
 
     announced = finishing(sites, tokyo=INCARNATION + 1)
     assert not announced.hear("lima", old) and not announced.is_finished("tokyo")
     assert announced.hear("lima", new) and announced.is_finished("tokyo")
+
+
+def test_no_member_uses_up_the_incarnations_that_there_are(sites: Any) -> None:
+    berlin = finishing(sites)
+    beyond = MAX_CREDIBLE_INCARNATION + 1
+    with pytest.raises(
+        MalformedError, match=f"tokyo has finished under incarnation {beyond}, which cannot be"
+    ):
+        berlin.hear("tokyo", sites.finished("tokyo", incarnation=beyond))
+    berlin.greet("tokyo", beyond)
+    assert berlin.hear("tokyo", sites.finished("tokyo", incarnation=beyond)), "if it was launched so"
+
+
+def test_who_finishes_again_and_again_is_passed_on_a_few_times_and_then_refused(sites: Any) -> None:
+    berlin = finishing(sites)
+    statements = [sites.finished("tokyo", incarnation=i) for i in range(MAX_STATEMENTS + 1)]
+    berlin.greet("tokyo", 0)
+    for statement in statements[:-1]:
+        assert berlin.hear("tokyo", statement)
+    for _ in range(2):
+        with pytest.raises(FloodedError, match="tokyo has said more than 20 times that it has finished"):
+            berlin.hear("tokyo", statements[-1])
+        assert not berlin.hear("lima", statements[-1]), "no fault of whoever passes it on"
+    assert berlin.statement_of("tokyo") == statements[-2]
+
+    berlin.greet("tokyo", MAX_STATEMENTS)
+    assert berlin.hear("tokyo", statements[-1]), "it was launched again"
+
+
+def test_what_one_site_has_verified_no_other_in_the_process_verifies(
+    sites: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified: list[bytes] = []
+    verify = PublicIdentity.verify
+
+    def count(self: PublicIdentity, signature: bytes, message: bytes) -> None:
+        verified.append(message)
+        verify(self, signature, message)
+
+    monkeypatch.setattr(PublicIdentity, "verify", count)
+    true = sites.finished("tokyo", incarnation=12345)
+    forged = sites.finished("tokyo", incarnation=12345, signer="lima")
+    for name in ("berlin", "lima"):
+        with pytest.raises(SignatureError):
+            finishing(sites, name).hear("oslo", forged)
+        assert finishing(sites, name).hear("oslo", true)
+    assert len(verified) == 3, "what does not verify is tried anew each time"
 
 
 def test_a_site_does_not_take_its_own_past_for_its_end(sites: Any) -> None:

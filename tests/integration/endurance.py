@@ -53,7 +53,7 @@ async def survive_kills(
         await site.until("training-checkpointed")
     for number in range(num_kills):
         site = made[number % len(made)]
-        part = PARTS[number // len(made) % len(PARTS)]
+        part = PARTS[(number + number // len(made)) % len(PARTS)]  # each of each site, in turn
         await asyncio.sleep(rng.uniform(0, 2))  # the random moment, within start-ups too
         tree = site.tree()[1:]  # before: a dead node has no children any more
         if not kill_part(site, part):

@@ -1,9 +1,21 @@
-"""What `make soak` asks of sites that exchange for hours: that it would notice if they took ever more."""
+"""A little of what `make soak` does for hours: kill -9 at random moments, and exchanges without end."""
 
 from __future__ import annotations
 
 import pytest
-from integration.endurance import SLACK, Sample, require_level
+from integration.conftest import Sites
+from integration.endurance import PARTS, SLACK, Sample, exchange_for_long, require_level, survive_kills
+
+
+async def test_five_kills_in_a_ring(sites: Sites) -> None:
+    kills = await survive_kills(sites, 5, seed=0)
+    assert kills.total() == 5 and kills.keys() <= set(PARTS)
+
+
+async def test_exchanges_without_end_take_no_more_and_no_more(sites: Sites) -> None:
+    told: list[str] = []
+    await exchange_for_long(sites, 60, exchanges_per_s=8.0, tell=told.append)
+    assert len(told) == 60 and told[-1].startswith("60 exchanges: ")
 
 
 @pytest.mark.parametrize("what", SLACK)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2pcodistill.report.history import Fetched, SiteHistory, TeacherTracker, TrafficTotals, read_event
+from p2pcodistill.report.history import Fetched, SiteHistory, TeacherTracker, read_event
+from p2pcodistill.report.lives import TrafficTotals
 from p2pcodistill.telemetry.event import Event
 from p2pcodistill.telemetry.node_events import (
     FrameFetched,
@@ -19,6 +20,7 @@ from p2pcodistill.telemetry.node_events import (
     VersionAnnounced,
 )
 from p2pcodistill.telemetry.records import to_record
+from p2pcodistill.telemetry.simulation_events import FaultInjected
 from p2pcodistill.telemetry.training_events import (
     Evaluated,
     StepMeasured,
@@ -96,6 +98,25 @@ def test_staleness_and_lag_are_sampled_from_the_first_swap_on():
     assert history.num_teacher_swaps == 2
 
 
+def test_the_time_for_which_a_simulation_was_stopped_does_not_count_unless_a_fault_was_the_cause():
+    events = [
+        (100.0, node_started()),
+        (101.0, training_started()),
+        (130.0, Evaluated(50, 2.0, 0.1)),
+        (36_000.0, node_started()),
+        (36_001.0, training_started(50)),
+        (36_030.0, traffic(10, 10)),
+        (36_031.0, Evaluated(100, 1.5, 0.1)),
+    ]
+    records = [to_record(event, time_unix_s=time_s) for time_s, event in events]
+    history = SiteHistory.of(records)
+    assert [detail.time_s for detail in history.evaluation_details.values()] == [30.0, 61.0]
+    assert history.traffic[0].time_s == 60.0
+    fault = to_record(FaultInjected("berlin", "restart", 50), time_unix_s=35_999.0)
+    history = SiteHistory.of([*records, fault])
+    assert [detail.time_s for detail in history.evaluation_details.values()] == [30.0, 35_931.0]
+
+
 def test_an_origin_that_went_back_is_not_stale():
     tracker = TeacherTracker()
     tracker.update(TeacherSwapped(10, "tokyo", 1, 300))
@@ -140,7 +161,7 @@ def test_traffic_adds_up_over_restarts_of_the_node():
         (35, 3),
         (37, 11),
     ]
-    assert [p.time_s for p in history.traffic] == [1.0, 2.0, 4.0, 5.0]
+    assert [p.time_s for p in history.traffic] == [1.0, 2.0, 3.0, 4.0]
     assert (history.num_bytes_sent, history.num_bytes_received, history.num_node_starts) == (37, 11, 2)
 
 

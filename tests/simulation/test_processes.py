@@ -23,6 +23,8 @@ from p2pcodistill.report.history import SiteHistory
 from p2pcodistill.simulation import job_run, processes, run_record
 from p2pcodistill.simulation.links import JobLinks
 from p2pcodistill.simulation.processes import resume, simulate
+from p2pcodistill.telemetry.log import EventLog
+from p2pcodistill.telemetry.training_events import TrainingEnded
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -101,6 +103,11 @@ match behaviour:
         events.write(TrainingEnded(100, True, 0.1, 10.0))
         wait_for_stop()
         sys.exit(143)
+    case "take a while":  # to begin: a second is much more than a simulation needs to end a node too early
+        if signal.sigtimedwait({signal.SIGTERM}, 1.0):
+            events.write(TrainingStarted(100, 100, 1000, 1, "cpu", "float32"))
+            sys.exit(143)
+        train()
     case "fail":  # once the peer is there
         for other in peers:
             meet(other)
@@ -378,6 +385,23 @@ def test_sites_that_were_stopped_together_go_on_together_but_for_faults(
     for site in ("berlin", "tokyo"):
         events = simulation.events("codistilled-seed0", site)
         assert [record["event"] for record in events].count("node-started") == num_lives
+
+
+def test_what_sites_said_before_a_stop_does_not_end_them_when_they_go_on(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "report", lambda *_: None)
+    monkeypatch.setattr(job_run, "LINGER_S", 0.0)
+    only_codistilled(simulation)
+    simulation.behave({"codistilled-seed0/tokyo": "interrupt", "codistilled-seed0/berlin": "wait"})
+    assert simulation.run()[0] == 128 + signal.SIGINT
+    for site in ("berlin", "tokyo"):  # as if it had been stopped between their end and that of the job
+        with EventLog(simulation.runs / "latest/codistilled-seed0" / site / "events.jsonl") as events:
+            events.write(TrainingEnded(100, True, 0.1, 10.0))
+    simulation.behave({f"codistilled-seed0/{site}": "take a while" for site in ("berlin", "tokyo")})
+    assert simulation.resume()[0] == 0
+    for site in ("berlin", "tokyo"):
+        assert simulation.events("codistilled-seed0", site)[-1]["reason"] == "finished"
 
 
 def test_a_second_signal_kills_at_once(simulation: Simulation) -> None:

@@ -123,10 +123,24 @@ def test_a_run_is_reported_again_as_it_was(runs: dict[str, Path]) -> None:
     assert json.loads((runs["both"] / "run.json").read_text())["made_with"]["torch"] in before["report.html"]
 
 
+def test_a_run_that_went_on_with_another_version_says_so(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_with = run_record.read_run_record(runs["both"])
+    for release in ("1.0", "1.0", "2.0"):
+        now = {**made_with, "torch": release}
+        monkeypatch.setattr(run_record, "versions", lambda _, now=now: now)
+        run_record.note_start(runs["both"], 2)
+    line = f"went on with something else than it began with: torch {made_with['torch']}, then 1.0, then 2.0"
+    assert line in told(runs["both"]).splitlines()
+    assert line in (runs["both"] / "report.html").read_text()
+
+
 def test_a_run_that_was_stopped_is_reported_as_far_as_it_went(runs: dict[str, Path], tmp_path: Path) -> None:
     stop_half_way(runs["both"])
     out = tmp_path / "told"
-    shown = told(runs["both"], out=out)
+    shown = told(runs["both"], out=out, baseline="lone")
+    assert not (out / "result.md").exists(), "there is no result yet"
     assert "lone, seed 1: not begun\n" in shown
     assert "codistilled, seed 1: not finished, at step 10 of 20\n" in shown
     assert "berlin*" in shown, "it is marked in the table"
@@ -158,6 +172,7 @@ def test_with_a_baseline_the_arms_of_one_run_are_compared(runs: dict[str, Path])
     rows = json.loads((runs["both"] / "summary.json").read_text())["comparison"]["arms"]
     assert rows[0]["difference"]["mean"] == pytest.approx(sum(ours[s] - theirs[s] for s in (0, 1)) / 2)
     assert "minus lone" in shown
+    assert "minus lone" in (runs["both"] / "result.md").read_text()
     assert (runs["both"] / "loss-over-bytes.png").read_bytes().startswith(b"\x89PNG")
 
 

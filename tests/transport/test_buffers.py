@@ -26,7 +26,12 @@ assert keep_freed_buffers()
 num_pages = (4 << 20) // resource.getpagesize()
 count_faults(4 << 20)
 assert count_faults(4 << 20) < num_pages / 2, "the same pages again"
-buffers = [0] * 200  # beforehand: a list that grows may end up above the buffers, and keep them from being returned
+buffers = [0] * 200
+# Holes for what the interpreter allocates meanwhile: above the buffers, it would keep them from being returned.
+holes = [malloc(16_384) for _ in range(100)]
+guards = [malloc(64) for _ in holes]
+for hole in holes[::2]:
+    free(hole)
 held_bytes = resident_bytes()
 for index in range(len(buffers)):
     buffers[index] = malloc(1 << 20)
