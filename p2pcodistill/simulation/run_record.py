@@ -80,7 +80,9 @@ def _all_made_with(folder: Path) -> list[Mapping[str, str]]:
         record = json.loads(path.read_text())
         run_format = record["format"]
         noted = [record["made_with"], *record.get("went_on_with", ())]
-        made_with = [{str(name): str(version) for name, version in entry.items()} for entry in noted]
+        made_with: list[Mapping[str, str]] = [
+            {str(name): str(version) for name, version in entry.items()} for entry in noted
+        ]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise RunFolderError(f"{path} is damaged: remove it to go without what it says") from None
     if run_format != RUN_FORMAT:
@@ -88,7 +90,7 @@ def _all_made_with(folder: Path) -> list[Mapping[str, str]]:
             f"{folder} is a run of format {run_format}, and this p2pcodistill reads format {RUN_FORMAT}: "
             f"use the version that made it, {made_with[0].get('p2pcodistill', 'whichever it was')}"
         )
-    return [*made_with]
+    return made_with
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:

@@ -396,8 +396,9 @@ def test_what_sites_said_before_a_stop_does_not_end_them_when_they_go_on(
     simulation.behave({"codistilled-seed0/tokyo": "interrupt", "codistilled-seed0/berlin": "wait"})
     assert simulation.run()[0] == 128 + signal.SIGINT
     for site in ("berlin", "tokyo"):  # as if it had been stopped between their end and that of the job
-        with EventLog(simulation.runs / "latest/codistilled-seed0" / site / "events.jsonl") as events:
-            events.write(TrainingEnded(100, True, 0.1, 10.0))
+        events = EventLog(simulation.runs / "latest/codistilled-seed0" / site / "events.jsonl")
+        events.write(TrainingEnded(100, True, 0.1, 10.0))
+        events.close()
     simulation.behave({f"codistilled-seed0/{site}": "take a while" for site in ("berlin", "tokyo")})
     assert simulation.resume()[0] == 0
     for site in ("berlin", "tokyo"):

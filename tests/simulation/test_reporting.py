@@ -16,6 +16,7 @@ from p2pcodistill.cli import main
 from p2pcodistill.config import NodeConfig
 from p2pcodistill.errors import ConfigError, RunFolderError
 from p2pcodistill.runfolder import RunFolder
+from p2pcodistill.simulation import run_record
 from p2pcodistill.simulation.processes import simulate
 from p2pcodistill.simulation.recorded import load_recorded_scenario
 from p2pcodistill.simulation.reporting import report_runs

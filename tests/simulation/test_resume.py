@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,15 +19,19 @@ import tomli_w
 
 from p2pcodistill.cli import main
 from p2pcodistill.errors import GroupError, RunFolderError
+from p2pcodistill.report.live import make_view
+from p2pcodistill.report.run_progress import RunProgress
 from p2pcodistill.runfolder import lock_folder
-from p2pcodistill.simulation import processes
+from p2pcodistill.simulation import processes, watch
 from p2pcodistill.simulation.files import SCENARIO_FILE, find_run_folder
 from p2pcodistill.simulation.finished import JOBS_FILE, FinishedJobs
 from p2pcodistill.simulation.jobs import Job, make_jobs
 from p2pcodistill.simulation.processes import resume, simulate
 from p2pcodistill.simulation.scenario import ScenarioConfig, load_scenario
 from p2pcodistill.simulation.virtual import jobs as virtual_jobs
+from p2pcodistill.simulation.watch import JobWatch, stage_of
 from p2pcodistill.telemetry.log import EventLog
+from p2pcodistill.telemetry.records import to_record
 from p2pcodistill.telemetry.training_events import TrainingEnded, TrainingStarted
 
 REPOSITORY = Path(__file__).parents[2]
@@ -36,11 +41,11 @@ SYNTHETIC: dict[str, Any] = {
     "mode": "virtual",
     "topology": "ring:6",
     "seeds": [0, 1, 2],
-    "synthetic": {"num_steps": 1000, "exchange_interval_steps": 25, "event_logs": True},
+    "synthetic": {"num_steps": 200, "exchange_interval_steps": 25, "event_logs": True},
     "links": [{"between": "all", "bandwidth_mbit": 100, "latency_ms": 50}],
     "faults": [
-        {"kind": "kill", "sites": ["2"], "at_step": 300},
-        {"kind": "restart", "sites": ["2"], "at_step": 500},
+        {"kind": "kill", "sites": ["2"], "at_step": 60},
+        {"kind": "restart", "sites": ["2"], "at_step": 120},
     ],
 }
 TRAINING: dict[str, Any] = {
@@ -112,7 +117,6 @@ def read_json(path: Path) -> Any:
     return without_wall_times(json.loads(path.read_text()))
 
 
-@pytest.mark.timeout(1200)  # two simulations, one of them in pieces
 @pytest.mark.parametrize(
     ("table", "num_kills", "num_lines"), [(SYNTHETIC, 2, 10), (TRAINING, 1, 8)], ids=["synthetic", "training"]
 )
@@ -329,7 +333,35 @@ def test_a_job_has_finished_when_it_is_entered_and_all_of_it_is_there(run_folder
     again.add(berlin, 13.0)
     assert again.duration_s(berlin) == 13.0
     (path.parent / "model.safetensors").unlink()
+    assert FinishedJobs(scenario, run_folder).duration_s(berlin) == 13.0, (
+        "models are large, and not read again"
+    )
+    path.unlink()
     assert FinishedJobs(scenario, run_folder).duration_s(berlin) is None
+
+
+def test_what_is_entered_is_how_long_the_job_ran_since_its_last_start(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now_s))
+    scenario, jobs = loaded(run_folder)
+    stage = stage_of(list(jobs.values()), scenario)
+    progress = RunProgress([("", list(stage.values()))], 1, clock=lambda: now_s)
+    finished = FinishedJobs(scenario, run_folder)
+    job = jobs["pooled-seed0"]
+    train(run_folder, "pooled-seed0/pooled")
+    with make_view("small", io.StringIO()) as view:
+        following = JobWatch(scenario, stage, progress=progress, finished=finished, view=view)
+        following.begin(job)
+        now_s += 0.5
+        following.note(job, "pooled", to_record(TrainingStarted(30, 60, 1000, 1, "cpu", "float32")))
+        now_s += 3.5
+        following.end(job)
+    assert finished.duration_s(job) == 4.0
+    assert stage[job.name].duration_s == 8.0, (
+        "what the estimate goes by: all of it, of which half was done before"
+    )
 
 
 def test_a_job_whose_training_stopped_early_is_not_entered(run_folder: Path) -> None:
@@ -356,7 +388,16 @@ def test_finished_jobs_of_another_scenario_or_a_damaged_file_are_refused(run_fol
     ):
         FinishedJobs(scenario, run_folder)
     (run_folder / SCENARIO_FILE).write_text(text)
-    for damage in ("{", "[]", '{"scenario": "x"}'):
+    whole = json.loads((run_folder / JOBS_FILE).read_text())
+    entries = (
+        None,
+        [],
+        {"duration_s": 1.0},
+        {"duration_s": None, "files": {}},
+        {"duration_s": 1.0, "files": []},
+    )
+    damaged = [json.dumps(whole | {"finished": {"pooled-seed0": entry}}) for entry in entries]
+    for damage in ("{", "[]", '{"scenario": "x"}', *damaged):
         (run_folder / JOBS_FILE).write_text(damage)
         with pytest.raises(RunFolderError, match=r"jobs\.json is damaged: remove it, and all jobs run again"):
             FinishedJobs(scenario, run_folder)
