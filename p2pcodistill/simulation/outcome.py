@@ -113,7 +113,10 @@ def _report_training(
         topology=build_topology(shown.topology or scenario.topology, scenario.sites_of(shown)),
     )
     if comparison is not None and not missing:
-        facts = [f"seeds {', '.join(map(str, scenario.seeds))}; {scenario.training.num_steps} steps", *changes]
+        facts = [
+            f"seeds {', '.join(map(str, scenario.seeds))}; {scenario.training.num_steps} steps",
+            *changes,
+        ]
         text = markdown(comparison, heading=scenario.title, facts=facts)
         write_whole(out / RESULT_FILE, text.encode())
     tables = [table(summary)]

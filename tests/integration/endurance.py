@@ -139,7 +139,7 @@ async def exchange_for_long(
     for site in made:
         await site.until("teacher-swapped")
     samples: dict[str, list[Sample]] = {site.name: [] for site in made}
-    num_samples = max(60, num_exchanges // 50)
+    num_samples = min(num_exchanges, max(60, num_exchanges // 50))
     for number in range(1, num_samples + 1):
         for site in made:
             await site.until("frame-published", count=number * num_exchanges // num_samples)

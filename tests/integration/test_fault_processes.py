@@ -26,21 +26,6 @@ def nothing_is_left() -> Iterator[None]:
     assert left == [], f"processes outlived the simulation: {left}"
 
 
-def test_two_nodes_of_a_ring_are_killed_in_turn(tmp_path: Path) -> None:
-    faults = [
-        {"kind": kind, "sites": [site], "at_step": at_step}
-        for site, at_step in (("berlin", 200), ("tokyo", 600))
-        for kind in ("kill", "restart")
-    ]
-    run = FaultRun(tmp_path, "kills", num_steps=500, mode="processes", faults=faults)
-    starts = {name: len(run.events(name, "node-started")) for name in run.names}
-    assert starts == {"berlin": 2, "tokyo": 2, "lima": 1, "accra": 1}
-    for name in run.names:
-        assert all(r["start_step"] > 0 for r in run.events(name, "training-started")[1:]), "resumed"
-    run.require_healthy()
-    run.require_whole_stores()
-
-
 def test_a_ring_falls_apart_and_heals(tmp_path: Path) -> None:
     # Who could not be reached for long is dialled less and less often: time to find each other again.
     run = FaultRun(tmp_path, "partition", num_steps=500, num_more_steps=500, mode="processes")

@@ -140,8 +140,9 @@ def test_a_run_that_went_on_with_another_version_says_so(
 def test_a_run_that_was_stopped_is_reported_as_far_as_it_went(runs: dict[str, Path], tmp_path: Path) -> None:
     stop_half_way(runs["both"])
     out = tmp_path / "told"
-    shown = told(runs["both"], out=out, baseline="lone")
+    told(runs["both"], out=out, baseline="lone")
     assert not (out / "result.md").exists(), "there is no result yet"
+    shown = told(runs["both"], out=out)
     assert "lone, seed 1: not begun\n" in shown
     assert "codistilled, seed 1: not finished, at step 10 of 20\n" in shown
     assert "berlin*" in shown, "it is marked in the table"

@@ -12,10 +12,16 @@ from typing import Any
 import psutil
 import pytest
 import tomli_w
+import torch
 
 from p2pcodistill.errors import GroupError
+from p2pcodistill.simulation.data import prepare_data
+from p2pcodistill.simulation.files import SCENARIO_FILE, write_scenario
+from p2pcodistill.simulation.jobs import make_jobs
 from p2pcodistill.simulation.processes import simulate
+from p2pcodistill.simulation.scenario import load_scenario
 from p2pcodistill.simulation.virtual import jobs
+from p2pcodistill.simulation.virtual.job import run_job
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -59,6 +65,24 @@ def run(folder: Path, table: dict[str, Any]) -> tuple[Path, str]:
     return (folder / "runs" / "latest").resolve(), stream.getvalue()
 
 
+def run_here(folder: Path, table: dict[str, Any]) -> Path:
+    """The run folder of a scenario with one job, which runs in this process: it has loaded all that takes time."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "scenario.toml"
+    file.write_text(tomli_w.dumps(table))
+    scenario = load_scenario(file)
+    write_scenario(scenario, prepare_data(scenario), folder)
+    scenario = load_scenario(folder / SCENARIO_FILE)
+    (job,) = make_jobs(scenario)
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(job.num_threads)
+        run_job(job, scenario, folder)
+    finally:
+        torch.set_num_threads(num_threads)
+    return folder
+
+
 def events(run_folder: Path) -> dict[str, str]:
     """All event logs of a run."""
     return {
@@ -95,14 +119,14 @@ def test_a_scenario_runs_in_virtual_time_alike_each_time(tmp_path: Path) -> None
     assert "Who had which version when" in (first / "report.html").read_text()
     assert "small: 60 steps" in shown
 
-    again, _ = run(tmp_path / "again", scenario(arms=[{"name": "codistilled", "kind": "codistilled"}]))
+    again = run_here(tmp_path / "again", scenario(arms=[{"name": "codistilled", "kind": "codistilled"}]))
     assert events(again) == {name: log for name, log in logs.items() if name.startswith("codistilled")}
 
 
 def test_the_steps_take_the_time_that_the_scenario_gives_them(tmp_path: Path) -> None:
     virtual = {"step_time_s": 2.0, "teacher_time_ratio": 0.0}
     changes = {"virtual": virtual, "faults": [], "arms": [{"name": "x", "kind": "codistilled"}]}
-    folder, _ = run(tmp_path, scenario(**changes))
+    folder = run_here(tmp_path, scenario(**changes))
     told = [json.loads(line) for line in (folder / "x-seed0/berlin/events.jsonl").read_text().splitlines()]
     (ended,) = [record for record in told if record["event"] == "training-ended"]
     assert ended["time_unix_s"] == ended["duration_s"] == pytest.approx(120.0)

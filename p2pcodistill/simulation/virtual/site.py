@@ -28,7 +28,7 @@ from p2pcodistill.simulation.virtual.links import VirtualLink
 from p2pcodistill.simulation.virtual.ranks import EncodedBytes, Ranks
 from p2pcodistill.simulation.virtual.store import MemoryStore
 from p2pcodistill.simulation.virtual.surroundings import Surroundings
-from p2pcodistill.simulation.virtual.traffic import SiteTraffic
+from p2pcodistill.simulation.virtual.traffic import SiteTraffic, scaled
 from p2pcodistill.simulation.virtual.uploads import CappedUploads
 from p2pcodistill.telemetry import node_events
 from p2pcodistill.telemetry.event import Event as TelemetryEvent
@@ -376,25 +376,13 @@ class VirtualSite:
 
     def _note(self, event: TelemetryEvent, now_s: float) -> None:
         """Log what gossip reports, with the sizes that its frames stand for."""
-        scale = self._scale
-        match event:  # `replace` would take several times as long
-            case node_events.VersionAnnounced(origin, incarnation, step, num_bytes):
-                if origin in self.teachers:  # not of others, for whom it relays
-                    self.announced[origin] = Version(incarnation, step)
-                if scale > 1:
-                    event = node_events.VersionAnnounced(origin, incarnation, step, num_bytes * scale)
-            case node_events.FrameFetched(
-                origin, incarnation, step, kind, num_bytes, num_resent_bytes, duration_s
-            ) | node_events.FrameRelayed(
-                origin, incarnation, step, kind, num_bytes, num_resent_bytes, duration_s
-            ):
-                if scale > 1:
-                    scaled = num_bytes * scale, num_resent_bytes * scale
-                    event = type(event)(origin, incarnation, step, kind, *scaled, duration_s)
+        match event:
+            case node_events.VersionAnnounced(origin, incarnation, step) if origin in self.teachers:
+                self.announced[origin] = Version(incarnation, step)  # not of others, for whom it relays
             case node_events.Refused():
                 self._refusals.note(event.peer, event.reason, event.why, now_s)
                 return
-        self.report(event)
+        self.report(scaled(event, self._scale))
 
     def _report_rejected(self, rejected: Rejected) -> None:
         self.report(

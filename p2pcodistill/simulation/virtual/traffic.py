@@ -7,9 +7,25 @@ from collections.abc import Mapping, Sequence
 from p2pcodistill.checkpoint.manifest import DEFAULT_CHUNK_BYTES, MIN_CHUNK_BYTES
 from p2pcodistill.links import LinkMeter
 from p2pcodistill.simulation.virtual.links import VirtualLink
-from p2pcodistill.telemetry.node_events import TrafficMeasured
+from p2pcodistill.telemetry.event import Event
+from p2pcodistill.telemetry.node_events import FrameFetched, FrameRelayed, TrafficMeasured, VersionAnnounced
 from p2pcodistill.transport.base import Traffic
 from p2pcodistill.transport.shaper import UploadCaps
+
+
+def scaled(event: Event, bytes_scale: int) -> Event:
+    """What gossip reports, with the sizes that its frames stand for: each byte for so many."""
+    if bytes_scale == 1:
+        return event
+    match event:  # `replace` would take several times as long
+        case VersionAnnounced(origin, incarnation, step, num_bytes):
+            return VersionAnnounced(origin, incarnation, step, num_bytes * bytes_scale)
+        case FrameFetched(
+            origin, incarnation, step, kind, num_bytes, num_resent_bytes, duration_s
+        ) | FrameRelayed(origin, incarnation, step, kind, num_bytes, num_resent_bytes, duration_s):
+            sizes_bytes = num_bytes * bytes_scale, num_resent_bytes * bytes_scale
+            return type(event)(origin, incarnation, step, kind, *sizes_bytes, duration_s)
+    return event
 
 
 class SiteTraffic:
