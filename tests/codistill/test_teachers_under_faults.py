@@ -564,6 +564,8 @@ def rank_main(rank: int, folder: Path) -> None:
     result = {"weights": weights, "events": [type(event).__name__ for event in exchange.events]}
     (folder / f"rank-{rank}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
+    # While all of it is there: DDP, the last to hold the group, would join threads that may wait for the interpreter.
+    os._exit(0)
 
 
 def test_two_ranks_with_different_batches_and_clocks_decide_alike(tmp_path: Path) -> None:
@@ -588,4 +590,3 @@ def test_two_ranks_with_different_batches_and_clocks_decide_alike(tmp_path: Path
 
 if __name__ == "__main__":
     rank_main(int(sys.argv[1]), Path(sys.argv[2]))
-    os._exit(0)  # as `group.train` does, and for the same reason
