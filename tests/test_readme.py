@@ -107,6 +107,12 @@ def test_the_readme_links_to_files_that_exist():
     assert links and [link for link in links if not (ROOT / link).exists()] == []
 
 
+def test_its_contents_lead_to_every_section():
+    headings = re.findall(r"^## (.+)$", README, re.MULTILINE)
+    assert re.findall(r"\[([^]]+)\]\(#[^)]+\)", README) == headings
+    assert re.findall(r"\]\(#([^)]+)\)", README) == [title.lower().replace(" ", "-") for title in headings]
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "nodes").rglob("*.toml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
 )
