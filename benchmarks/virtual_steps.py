@@ -35,7 +35,7 @@ from p2pcodistill.simulation.virtual.step_time import StepTimes
 from p2pcodistill.task_configs import ClicksConfig
 
 NUM_MODELS = 8
-BATCH_SIZES = (32, 128)
+BATCH_SIZES = (32, 128, 512)
 WORTHWHILE_RATIO = 1.5
 NUM_ROUNDS, NUM_STEPS = 9, 4
 _CPU = torch.device("cpu")

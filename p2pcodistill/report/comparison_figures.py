@@ -1,4 +1,4 @@
-"""Arms side by side: loss against steps, time or bytes, and bars of what was measured, over seeds.
+"""Arms side by side: loss against steps, time or bytes, and what else was measured of each, over seeds.
 
 A line is the mean over sites and seeds, its band the range over seeds. An arm keeps its colour in every picture.
 """
@@ -6,7 +6,7 @@ A line is the mean over sites and seeds, its band the range over seeds. An arm k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from matplotlib.axes import Axes
@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from p2pcodistill.report.arm_figures import ArmFigures, Point
+from p2pcodistill.report.comparison import with_spread
 from p2pcodistill.report.figures import INK, PANEL_SHARE, SITE_COLOURS, new_figure, style
 from p2pcodistill.report.labels import LineEnd, label_ends
 from p2pcodistill.report.learning_curves import EARLY_SHARE
@@ -25,6 +26,8 @@ CURVE_AXES: tuple[CurveAxis, ...] = ("steps", "seconds", "bytes")
 _LINE_POINTS = 13.5
 """Between the labels of two lines."""
 _LINES = ("-", (0, (4, 2)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
+_MIN_BAR_SHARE = 0.3
+"""Of the longest bar, by which some other must be shorter: else bars would look alike."""
 _AXES: Mapping[CurveAxis, tuple[str, Callable[[Point], float]]] = {
     "steps": ("step", lambda point: float(point.step)),
     "seconds": ("seconds of training", lambda point: point.seconds),
@@ -82,7 +85,8 @@ def loss_curves(
     if not amounts_taken:
         return None
     largest = max(amounts_taken)
-    smallest = min(amounts_taken) if axis == "bytes" else 0.0
+    totals = [line[-1][0] for line in means.values() if line and line[-1][0] > 0]
+    smallest = EARLY_SHARE * min(totals) if axis == "bytes" else 0.0
     looks = looks or looks_of_arms(list(arms))
     with style():
         figure, (axes,) = new_figure(9.0, max(4.9, 0.7 + len(means) * _LINE_POINTS / 72 / PANEL_SHARE))
@@ -93,7 +97,8 @@ def loss_curves(
                 continue
             if line[-1][0] <= 0:
                 line = [(smallest, *line[-1][1:]), (largest, *line[-1][1:])]
-            line = [point for point in line if point[0] >= smallest]
+            if axis == "bytes":
+                line = [point for point in line if point[0] > 0]
             amounts, losses, lows, highs = zip(*line, strict=True)
             axes.plot(amounts, losses, color=colour, linestyle=shape, zorder=3)
             axes.fill_between(amounts, lows, highs, color=colour, alpha=0.15, linewidth=0)
@@ -123,30 +128,51 @@ def tell_lines(figure: Figure, lines: Mapping[str, Any]) -> None:
 def bars(
     figures: Mapping[str, Spread], *, title: str, unit: str, looks: Mapping[str, Look] | None = None
 ) -> Figure:
-    """A bar for each arm, with the range over seeds as a whisker and the mean written at it."""
+    """A bar for each arm, with the range over seeds as a whisker and the mean written at it.
+
+    Bars begin at zero. Where they would be of much the same length, there are dots in their place, and the axis begins
+    near the lowest.
+    """
     looks = looks or looks_of_arms(list(figures))
+    low = min(min(of.lowest for of in figures.values()), 0.0)
+    high = max(max(of.highest for of in figures.values()), 0.0)
+    means = [of.mean for of in figures.values()]
+    has_bars = len(means) == 1 or max(means) - min(means) >= _MIN_BAR_SHARE * (high - low)
+    digits = _num_digits(figures.values())
     with style():
         figure, (axes,) = new_figure(9.0, 1.1 + 0.42 * len(figures))
         for place, (name, of) in enumerate(figures.items()):
-            axes.barh(place, of.mean, color=looks[name].colour, height=0.62, zorder=2)
-            axes.plot([of.lowest, of.highest], [place, place], color=INK, linewidth=1.4, zorder=3)
-            _write_at(axes, of, place)
+            colour = looks[name].colour
+            if has_bars:
+                axes.barh(place, of.mean, color=colour, height=0.62, zorder=2)
+            axes.plot(
+                [of.lowest, of.highest], [place, place], color=INK if has_bars else colour, linewidth=1.4
+            )
+            if not has_bars:
+                axes.plot(of.mean, place, "o", color=colour, markersize=7)
+            _write_at(axes, of, place, digits)
         axes.set_yticks(range(len(figures)), list(figures))
-        axes.invert_yaxis()
+        axes.set_ylim(len(figures) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
-        axes.margins(x=0.16)
+        axes.margins(x=0.16 if has_bars else 0.22)
         axes.set_xlabel(unit)
         axes.set_title(title)
         return figure
 
 
-def _write_at(axes: Axes, of: Spread, place: int) -> None:
-    spread = f" ± {of.half_range:.2g}" if of.num > 1 else ""
+def _num_digits(figures: Collection[Spread]) -> int:
+    """After the point, the same for all: three, or four where figures are small; fewer where spreads are wide."""
+    most = 3 if max(abs(of.mean) for of in figures) >= 0.5 else 4
+    spreads = [of.half_range for of in figures if of.half_range > 0]
+    return min(max(1 - math.floor(math.log10(min(spreads))), 1), most) if spreads else most
+
+
+def _write_at(axes: Axes, of: Spread, place: int, digits: int) -> None:
     end = max(of.mean, of.highest) if of.mean >= 0 else min(of.mean, of.lowest)
     axes.annotate(
-        f"{of.mean:.4g}{spread}",
+        with_spread(of, digits),
         (end, place),
-        xytext=(5 if of.mean >= 0 else -5, 0),
+        xytext=(7 if of.mean >= 0 else -7, 0),
         textcoords="offset points",
         ha="left" if of.mean >= 0 else "right",
         va="center",

@@ -36,14 +36,14 @@ def test_every_arm_is_drawn_and_named(axis: str) -> None:
     (axes,) = figure.axes
     assert len(axes.lines) >= len(ARMS)
     left, right = axes.get_xlim()
-    assert (left, right) == {"steps": (0, 100), "seconds": (0, 200), "bytes": (100, 1e7)}[axis]
+    assert (left, right) == {"steps": (0, 100), "seconds": (0, 200), "bytes": (200, 1e7)}[axis]
 
 
 def test_an_arm_that_sends_nothing_is_drawn_across_at_its_final_loss() -> None:
     figure = loss_curves(ARMS, "bytes", loss_unit="nats/byte")
     assert figure is not None
     lone = figure.axes[0].lines[0]
-    assert list(lone.get_xdata()) == [100, 1e7]
+    assert list(lone.get_xdata()) == [200, 1e7], "from where curves are past their steep start"
     assert list(lone.get_ydata()) == pytest.approx([3.005, 3.005])
 
 
@@ -64,9 +64,21 @@ def test_steps_at_which_a_seed_diverged_are_left_out() -> None:
 def test_bars_have_mean_and_half_the_range_written_at_them() -> None:
     figure = bars({"ours": spread_of([0.1, 0.3]), "theirs": spread_of([-0.5])}, title="Churn", unit="share")
     text = to_svg(figure, "bars")
-    assert "0.2 ± 0.1" in text
-    assert "-0.5" in text and "−0.5 ±" not in text
+    assert "0.20 ± 0.10" in text
+    assert "-0.50" in text and "-0.50 ±" not in text
     assert figure.axes[0].get_xlabel() == "share"
+    assert len(figure.axes[0].patches) == 2
+
+
+def test_bars_that_would_look_alike_are_dots_on_an_axis_that_shows_what_differs() -> None:
+    close = {"ours": spread_of([1.736, 1.744]), "theirs": spread_of([1.92])}
+    (axes,) = bars(close, title="Loss", unit="nats").axes
+    assert not axes.patches
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [list(dot.get_xdata()) for dot in dots] == [[pytest.approx(1.74)], [pytest.approx(1.92)]]
+    left, right = axes.get_xlim()
+    assert 1.6 < left < 1.736 and 1.92 < right < 2.1
+    assert [text.get_text() for text in axes.texts] == ["1.740 ± 0.004", "1.920"]
 
 
 def test_more_arms_than_colours_get_them_again() -> None:
