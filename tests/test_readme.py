@@ -97,7 +97,7 @@ def test_the_example_for_a_users_own_loop_runs_as_printed(tmp_path):
 
 
 def test_pictures_and_results_are_there():
-    for picture in ("report.png", "topologies.png"):
+    for picture in ("report.png", "topologies.png", "private_data.png"):
         assert (ROOT / "docs" / picture).read_bytes().startswith(b"\x89PNG")
     assert "exchange_overhead" in (ROOT / "benchmarks" / "RESULTS.md").read_text()
 
