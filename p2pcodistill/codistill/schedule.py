@@ -29,12 +29,15 @@ def teachers_due(
 
 
 def exchange_is_due(config: CodistillationConfig, num_steps: int) -> bool:
-    """Whether the student is to be published after `num_steps`: never before the end of its own burn-in.
+    """Whether the student is to be published after `num_steps`: at the end of its burn-in, and then at every multiple of
+    the interval, so that a long one does not put off the first teachers.
 
     What it has learned until then would harm its students (Anil et al. 2018, section 2.1), however far they are: a site
     may have started late, or anew.
     """
-    return num_steps >= max(1, config.burn_in_steps) and num_steps % config.exchange_interval_steps == 0
+    if num_steps <= config.burn_in_steps:
+        return num_steps == config.burn_in_steps > 0
+    return num_steps % config.exchange_interval_steps == 0
 
 
 def averaging_is_due(config: CodistillationConfig, num_steps: int) -> bool:

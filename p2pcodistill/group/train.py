@@ -139,10 +139,12 @@ class Training:
         join: Join = join,
         clock: Callable[[], float] = time.perf_counter,
         num_workers: int | None = None,
+        share: tuple[int, int] | None = None,
     ) -> None:
         """`join` makes the codistiller of the model. `clock`, in seconds, is what durations are measured with.
 
-        A step's gradient is the mean over the batches of `num_workers`: the ranks, unless a simulation has others.
+        A step's gradient is the mean over the batches of `num_workers`, and (k, n) as `share` reads every nth part of the
+        data from the kth on: those of ranks, unless a simulation has workers of its own.
         """
         self._clock = clock
         self._config = config = spec.training
@@ -152,7 +154,8 @@ class Training:
         self._num_workers = self._num_ranks if num_workers is None else num_workers
         self._model_path = spec.model_path
         self._dtype = choose_precision(config, device)
-        self._task = load_task(spec, rank=self._rank, num_ranks=self._num_ranks, device=device)
+        reader, num_readers = share or (self._rank, self._num_ranks)
+        self._task = load_task(spec, rank=reader, num_ranks=num_readers, device=device)
         own_seed = config.seed if config.initialisation_seed is None else config.initialisation_seed
         torch.manual_seed(own_seed % 2**63)
         self._model = self._task.make_model()
@@ -168,7 +171,7 @@ class Training:
         self._checkpoints = TrainingCheckpoints(spec.training_folder, control_group)
         checkpoint = self._checkpoints.load()
         self._codistiller = join(self._model, forward=self._task.forward, criterion=self._task.loss)
-        seed_random_states(config.seed, self._rank)
+        seed_random_states(config.seed, reader)
         if checkpoint is not None:
             self._resume(checkpoint)
         self._student: nn.Module = self._model

@@ -8,8 +8,8 @@ Seconds are those of the slowest site, bytes those that all sites sent together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -61,6 +61,8 @@ class ArmFigures:
     """By seed: on the labels of training batches, mean over the last tenth of the steps and over sites; NaN of none."""
     is_finished: bool = True
     """Else no seed has got to the end yet, and the last points are none that can be compared."""
+    histories: Mapping[int, Mapping[str, SiteHistory]] = field(default_factory=dict)
+    """By seed and site, of which all the rest is the mean; of sites that finished, if any did."""
 
     def final(self, of: Callable[[Point], float]) -> dict[int, float]:
         """A figure of the last point, by seed; NaN where there is none."""
@@ -70,6 +72,29 @@ class ArmFigures:
     def final_losses(self) -> dict[int, float]:
         """By seed."""
         return self.final(lambda point: point.loss)
+
+    def of_sites(self, names: Collection[str]) -> ArmFigures:
+        """The same of these sites alone."""
+        histories = {
+            seed: {name: history for name, history in of.items() if name in names}
+            for seed, of in self.histories.items()
+        }
+        return replace(
+            self,
+            curves={seed: _mean_curve(list(of.values())) for seed, of in histories.items()},
+            predictions={
+                seed: {name: predicted for name, predicted in of.items() if name in names}
+                for seed, of in self.predictions.items()
+            },
+            training_losses={seed: _training_loss(list(of.values())) for seed, of in histories.items()},
+            histories=histories,
+        )
+
+
+def over_common_sites(one: ArmFigures, other: ArmFigures) -> tuple[ArmFigures, ArmFigures]:
+    """Both of the sites that both have under all seeds, or as they are where there are none (of a pooled arm, say)."""
+    common = set.intersection(*(set(of) for arm in (one, other) for of in arm.histories.values() or [{}]))
+    return (one.of_sites(common), other.of_sites(common)) if common else (one, other)
 
 
 def arm_figures(
@@ -87,18 +112,19 @@ def arm_figures(
         figures[name] = ArmFigures(
             name,
             own[0].kind,
-            {result.seed: _mean_curve(_finished(result)) for result in own},
+            {result.seed: _mean_curve(list(_finished(result).values())) for result in own},
             {result.seed: _read_predictions(result, folders.get((name, result.seed))) for result in own},
-            {result.seed: _training_loss(_finished(result)) for result in own},
+            {result.seed: _training_loss(list(_finished(result).values())) for result in own},
             own[0].is_finished,
+            {result.seed: _finished(result) for result in own},
         )
     return figures
 
 
-def _finished(result: ArmResult) -> list[SiteHistory]:
-    """Of the sites that finished; one that a fault took away would end the curve of all."""
-    finished = [history for history in result.sites.values() if history.finished]
-    return finished or list(result.sites.values())
+def _finished(result: ArmResult) -> Mapping[str, SiteHistory]:
+    """The sites that finished; one that a fault took away would end the curve of all."""
+    finished = {name: history for name, history in result.sites.items() if history.finished}
+    return finished or result.sites
 
 
 def _training_loss(histories: Sequence[SiteHistory]) -> float:

@@ -79,7 +79,8 @@ class ClaimConfig(StrictModel):
     `calibration-error`: ECE. `diversity`: how far predictions of an arm's sites are apart.
     `metric`, `metric-difference`: `metric` of the task in the end."""
     against: tuple[str, ...] = ()
-    """Arms to compare with, of which the strongest counts: the one whose final loss is lowest."""
+    """Arms to compare with, of which the one counts against which the claim fares worst; without a bound, the one whose
+    final loss is lowest."""
     towards: str | None = None
     """The arm on the other side of the gap, where the measure is `gap-closed`."""
     metric: str | None = None
@@ -89,7 +90,8 @@ class ClaimConfig(StrictModel):
     at_least: FiniteFloat | None = None
     """What it is claimed to be at least."""
     no_effect: FiniteFloat | None = None
-    """The figure of an arm that is no better than `against`; by default 1 for ratios, 0 for differences and gaps."""
+    """The figure of an arm that is no better than `against`; by default 1 for ratios, 0 for differences and gaps. Not
+    needed where the bound allows for worse than that: then the claim is contradicted where no seed keeps to the bound."""
     beyond_spread: bool = False
     """Whether every seed has to bear it out, and not only the mean."""
 

@@ -17,7 +17,11 @@ How each measure is taken, under every seed (see `claim_config` for what a claim
   mean over sites: what is left of `final-loss` when models are no more and no less sure than they are right.
 - `calibration-error`: of each site's final model, mean over sites. `diversity`: of an arm's sites, mean over pairs.
 
-The strongest of several baselines is the one whose final loss, mean over seeds, is lowest: everyone is compared with it.
+Of several baselines, the one counts against which the claim fares worst, by the mean over seeds, of those that did not
+diverge. Without a bound there is no worse: then it is the one whose final loss is lowest.
+
+An arm and its baseline are compared over the sites that both have, where they have some in common: sites differ, and the
+mean of eight says nothing of a baseline of two.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
-from p2pcodistill.report.arm_figures import ArmFigures, Point
+from p2pcodistill.report.arm_figures import ArmFigures, Point, over_common_sites
 from p2pcodistill.report.claim_config import ClaimConfig
 from p2pcodistill.report.measures import (
     Labels,
@@ -55,7 +59,7 @@ class Settled:
 
     claim: ClaimConfig
     baseline: str | None
-    """The strongest of those that the claim names."""
+    """Of those that the claim names, the one that counts."""
     figures: Mapping[str, float]
     """By seed, or by a pair of seeds."""
     figure: Spread | None
@@ -100,20 +104,47 @@ def settle(claims: Sequence[ClaimConfig], arms: Mapping[str, ArmFigures]) -> lis
 
 
 def _settle(claim: ClaimConfig, arms: Mapping[str, ArmFigures]) -> Settled:
-    baseline: ArmFigures | None = None
     try:
         _require_finished(claim, arms)
-        if claim.against:
-            baseline = strongest([arms[name] for name in claim.against])
+    except _Untold as reason:
+        return Settled(claim, None, {}, None, None, why=str(reason))
+    if not claim.against:
+        return _settle_against(claim, arms, None)
+    baselines = [arms[name] for name in claim.against]
+    compared = [arm for arm in baselines if all(map(math.isfinite, arm.final_losses.values()))]
+    if not claim.is_judged or not compared:
+        compared = [strongest(baselines)]
+    return min((_settle_against(claim, arms, baseline) for baseline in compared), key=_how_it_fares)
+
+
+def _settle_against(
+    claim: ClaimConfig, arms: Mapping[str, ArmFigures], baseline: ArmFigures | None
+) -> Settled:
+    name = None if baseline is None else baseline.name
+    if baseline is not None:
+        arm, baseline = over_common_sites(arms[claim.arm], baseline)
+        arms = {**arms, claim.arm: arm}
+        if claim.towards is not None:
+            arms[claim.towards] = over_common_sites(arm, arms[claim.towards])[1]
+    try:
         figures = _FIGURES[claim.measure](claim, arms, baseline)
         figure = _spread(figures)
     except (_Untold, ValueError) as reason:  # predictions of other examples, for one, cannot be compared
-        return Settled(claim, _name_of(baseline), {}, None, None, why=str(reason))
+        return Settled(claim, name, {}, None, None, why=str(reason))
     never = _never(claim, arms[claim.arm], baseline) if claim.measure in _AXES else ()
     verdict = judge(_as_judged(claim), figure) if claim.is_judged else None
-    if never and verdict == "reproduced":  # what was seen is a bound from below, which draws the mean down
-        verdict = "not at this scale"
-    return Settled(claim, _name_of(baseline), figures, figure, verdict, never)
+    if never and verdict == "reproduced" and claim.at_most is not None:
+        verdict = "not at this scale"  # what was seen is a bound from below, which draws the mean down
+    return Settled(claim, name, figures, figure, verdict, never)
+
+
+def _how_it_fares(settled: Settled) -> tuple[bool, bool, float]:
+    """The lower, the worse; worst of all, where it cannot be told."""
+    if settled.figure is None:
+        return False, False, 0.0
+    is_at_most = settled.claim.at_most is not None
+    mean = settled.figure.mean
+    return True, not (settled.never and is_at_most), -mean if is_at_most else mean
 
 
 def _require_finished(claim: ClaimConfig, arms: Mapping[str, ArmFigures]) -> None:
@@ -122,10 +153,6 @@ def _require_finished(claim: ClaimConfig, arms: Mapping[str, ArmFigures]) -> Non
             raise _Untold(f"{name} has not finished")
         if arms[name].curves.keys() != arms[claim.arm].curves.keys():
             raise _Untold(f"{name} has finished under other seeds than {claim.arm}")
-
-
-def _name_of(arm: ArmFigures | None) -> str | None:
-    return None if arm is None else arm.name
 
 
 def strongest(arms: Sequence[ArmFigures]) -> ArmFigures:

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from p2pcodistill.report.arm_figures import ArmFigures
+from p2pcodistill.report.arm_figures import ArmFigures, over_common_sites
 from p2pcodistill.report.claim_config import ClaimConfig
 from p2pcodistill.report.claims import Settled, settle, strongest
 from p2pcodistill.report.table import ABSENT, byte_count
@@ -85,8 +85,9 @@ def _row(arm: ArmFigures, baseline: ArmFigures | None) -> ArmRow:
     lasts = [curve[-1] for curve in arm.curves.values() if curve]
     difference = None
     if baseline is not None and baseline is not arm and baseline.is_finished and arm.is_finished:
+        ours, baseline = over_common_sites(arm, baseline)
         theirs = baseline.final_losses
-        common = {seed: loss for seed, loss in arm.final_losses.items() if seed in theirs}
+        common = {seed: loss for seed, loss in ours.final_losses.items() if seed in theirs}
         difference = _spread(paired_differences(common, {seed: theirs[seed] for seed in common}))
     num_seeds = max(1, len(lasts))
     return ArmRow(

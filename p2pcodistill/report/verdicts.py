@@ -72,7 +72,8 @@ class Claim:
     side: Literal["at most", "at least"]
     """On which side of the bound."""
     no_effect: float
-    """The figure of an arm that does no better than what it is compared with: 1 for a ratio to it, 0 for a difference."""
+    """The figure of an arm that does no better than what it is compared with: 1 for a ratio to it, 0 for a difference.
+    Of a claim that allows for worse than that ("costs at most 0.02"), the bound counts in its place."""
     beyond_spread: bool = False
     """Whether every seed has to bear it out, and not only their mean."""
     source: str = ""
@@ -83,14 +84,17 @@ def judge(claim: Claim, figure: Spread) -> Verdict:
     """What the figure says of the claim.
 
     - reproduced: the mean is on the claimed side of the bound (every seed is, where the claim is `beyond_spread`);
-    - contradicted: there is nothing of the claimed effect, under any seed: the best is no better than `no_effect`;
+    - contradicted: there is nothing of the claimed effect, under any seed: the best is no better than `no_effect`, or
+      is beyond a bound that allows for worse;
     - not at this scale: anything else: an effect that is smaller than claimed, or too small for the spread.
     """
     sign = 1.0 if claim.side == "at least" else -1.0
     worst, best = sorted((sign * figure.lowest, sign * figure.highest))
     if (worst if claim.beyond_spread else sign * figure.mean) >= sign * claim.bound:
         return "reproduced"
-    return "contradicted" if best <= sign * claim.no_effect else "not at this scale"
+    nothing, bound = sign * claim.no_effect, sign * claim.bound
+    is_without = best <= nothing if nothing < bound else best < bound
+    return "contradicted" if is_without else "not at this scale"
 
 
 def worst_of(verdicts: Iterable[Verdict]) -> Verdict:

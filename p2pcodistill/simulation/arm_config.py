@@ -13,7 +13,8 @@ from p2pcodistill.simulation.arms.kinds import KINDS, ArmKind
 from p2pcodistill.simulation.link_config import LinkConfig
 from p2pcodistill.strict import NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
 
-Sharing = Literal["disjoint", "same"]
+Sharing = Literal["disjoint", "same", "first"]
+"""What sites train on: data of their own; all that there is, each in another order; or what the first site has."""
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 
 

@@ -176,7 +176,13 @@ class ScenarioConfig(StrictModel):
 
     def shards_of(self, arm: ArmConfig, site: str) -> tuple[str, ...]:
         """The sites whose data `site` trains on in that arm, where it has a model or a worker of its own."""
-        return self.sites_of(arm) if (arm.sharing or self.data.sharing) == "same" else (site,)
+        match arm.sharing or self.data.sharing:
+            case "disjoint":
+                return (site,)
+            case "first":
+                return self.sites_of(arm)[:1]
+            case "same":
+                return self.sites_of(arm)
 
     def _sections_of(self, arm: ArmConfig) -> _Sections:
         if not arm.training and not arm.task:

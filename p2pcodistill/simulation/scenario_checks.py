@@ -31,7 +31,7 @@ def refuse_overlaps(scenario: ScenarioConfig) -> None:
     of_sites = [path for site in scenario.sites for path in site.data]
     unlabelled = scenario.task.unlabelled if isinstance(scenario.task, LanguageModelConfig) else ()
     require_apart([*scenario.data.paths, *of_sites, *unlabelled], scenario.data.held_out)
-    if all((arm.sharing or scenario.data.sharing) == "same" for arm in scenario.arms):
+    if all((arm.sharing or scenario.data.sharing) != "disjoint" for arm in scenario.arms):
         return
     for one, other in itertools.combinations(scenario.sites, 2):
         for path, others in itertools.product(one.data, other.data):

@@ -34,8 +34,8 @@ def test_exchange_is_due_at_multiples_of_its_interval_but_not_before_the_first_u
     assert [step for step in range(13) if exchange_is_due(config, step)] == [4, 8, 12]
 
 
-@pytest.mark.parametrize(("burn_in_steps", "steps"), [(7, [8, 12]), (8, [8, 12]), (9, [12])])
-def test_a_student_in_burn_in_is_no_teacher_yet(burn_in_steps: int, steps: list[int]) -> None:
+@pytest.mark.parametrize(("burn_in_steps", "steps"), [(7, [7, 8, 12]), (8, [8, 12]), (9, [9, 12])])
+def test_a_student_is_a_teacher_from_the_end_of_its_burn_in_on(burn_in_steps: int, steps: list[int]) -> None:
     config = CodistillationConfig(burn_in_steps=burn_in_steps, exchange_interval_steps=4)
     assert [step for step in range(13) if exchange_is_due(config, step)] == steps
 

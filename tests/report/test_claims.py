@@ -15,6 +15,7 @@ from p2pcodistill.errors import ConfigError
 from p2pcodistill.report.arm_figures import ArmFigures, Point, Predicted, arm_figures, read_predictions
 from p2pcodistill.report.claim_config import MEASURES, ClaimConfig, check_claims
 from p2pcodistill.report.claims import Settled, settle, strongest
+from p2pcodistill.report.comparison import compare
 from p2pcodistill.report.history import SiteHistory
 from p2pcodistill.report.summary import ArmResult
 from p2pcodistill.strict import parse_model
@@ -390,3 +391,50 @@ def test_claims_fit_the_arms_and_seeds(claim: dict[str, Any], message: str) -> N
     config = ClaimConfig(**({"text": "it is so", "arm": "ours"} | claim))
     with pytest.raises(ConfigError, match=message):
         check_claims((config,), {"ours": 2, "theirs": 1}, num_seeds=1)
+
+
+def test_of_several_baselines_the_one_counts_against_which_the_claim_fares_worst() -> None:
+    # Lower in the end, but slow to come down; and quick to come down, but to a higher loss.
+    slow = arm("slow", {0: [9.0, 8.0, 1.0]})
+    quick = arm("quick", {0: [3.0, 2.5, 2.4]})
+    ours = arm("ours", {0: [9.0, 2.0, 1.0]})
+    claim = {"measure": "steps-ratio", "against": ("slow", "quick"), "at_most": 0.5}
+    assert told(claim, ours, slow, quick).baseline == "slow"
+    at_least = told(
+        {"measure": "steps-ratio", "against": ("slow", "quick"), "at_least": 0.1}, ours, slow, quick
+    )
+    assert at_least.baseline == "quick"
+    assert told(claim | {"at_most": None}, ours, slow, quick).baseline == "slow", (
+        "the lowest, where nothing is claimed"
+    )
+
+
+def test_what_never_gets_there_bears_out_that_it_takes_long() -> None:
+    claim = {"measure": "steps-ratio", "against": ("theirs",), "at_least": 0.9}
+    settled = told(claim, arm("ours", {0: [9.0, 9.0, 9.0], 1: [9.0, 9.0, 9.0]}), THEIRS)
+    assert settled.never == ("0", "1")
+    assert settled.verdict == "reproduced"
+
+
+def test_an_arm_is_compared_over_the_sites_that_its_baseline_has_too() -> None:
+    def result(name: str, **final_losses: float) -> ArmResult:
+        sites = {
+            site: history((1.0, Evaluated(10, loss, 0.1)), (1.0, TrainingEnded(10, True, 0.0, 1.0)))
+            for site, loss in final_losses.items()
+        }
+        return ArmResult(name, "codistilled", 0, sites)
+
+    results = [
+        result("all", a=1.0, b=2.0, c=9.0),
+        result("two", a=2.0, b=4.0),
+        result("best", a=0.0, b=1.0, c=1.0),
+    ]
+    figures = arm_figures([*results, result("pooled", pooled=3.0)], {})
+    arms = list(figures.values())
+    assert told({"measure": "final-loss"}, *arms).figures == {"0": 4.0}
+    assert told({"measure": "loss-difference", "against": ("two",)}, *arms).figures == {"0": -1.5}
+    assert told({"measure": "loss-difference", "against": ("pooled",)}, *arms).figures == {"0": 1.0}
+    gap = {"measure": "gap-closed", "against": ("two",), "towards": "best"}
+    assert told(gap, *arms).figures == pytest.approx({"0": 1.5 / 2.5})
+    (row,) = [row for row in compare(figures, baseline="two").rows if row.name == "all"]
+    assert row.difference is not None and row.difference.mean == -1.5

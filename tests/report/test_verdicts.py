@@ -97,3 +97,15 @@ def test_a_claim_of_several_parts_is_as_good_as_the_worst() -> None:
     assert worst_of(["reproduced", "reproduced"]) == "reproduced"
     assert worst_of(VERDICTS) == "contradicted"
     assert worst_of(["not at this scale", "reproduced"]) == "not at this scale"
+
+
+@pytest.mark.parametrize(
+    ("figures", "verdict"),
+    [([0.03, 0.04], "contradicted"), ([0.01, 0.04], "not at this scale"), ([0.01, 0.02], "reproduced")],
+)
+def test_a_claim_that_allows_for_worse_is_contradicted_where_no_seed_keeps_to_it(
+    figures: list[float], verdict: str
+) -> None:
+    assert (
+        judge(Claim("costs little", bound=0.02, side="at most", no_effect=0.0), spread_of(figures)) == verdict
+    )

@@ -23,6 +23,7 @@ from p2pcodistill.runfolder import PREDICTIONS_FILE
 from p2pcodistill.simulation.arms.gossip_averaging import mixing_weights
 from p2pcodistill.simulation.arms.kinds import KINDS
 from p2pcodistill.simulation.arms.run import ArmRun
+from p2pcodistill.simulation.arms.workers import make_workers
 from p2pcodistill.simulation.data import prepare_data
 from p2pcodistill.simulation.files import node_files, write_scenario
 from p2pcodistill.simulation.jobs import Job, make_jobs
@@ -154,6 +155,21 @@ def test_synchronous_is_one_site_with_all_batches_in_one(run: Run) -> None:
         optimizer.step()
         state = tuple(tensor.detach() for tensor in state)
     assert_same_model(done.model("synchronous", "pooled"), model.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_workers_of_one_site_share_its_data_between_them(run: Run) -> None:
+    done = run({"kind": "synchronous", "num_workers": 4})
+    places = {place.site: place for place in node_files(done.job("synchronous"), done.folder)}
+    arm = ArmRun(done.job("synchronous"), done.scenario, done.folder, places, VirtualLogs())
+    workers = {worker.name: worker.training for worker in make_workers(arm, has_lead=False)}
+    data = {name: training._task._data for name, training in workers.items()}
+    assert {name: (of._rank, of._num_ranks) for name, of in data.items()} == {
+        "a": (0, 2),
+        "b": (0, 1),
+        "c": (0, 1),
+        "a+1": (1, 2),
+    }
+    assert workers["a"]._config.seed == workers["a+1"]._config.seed, "they share one order"
 
 
 def test_averaging_after_each_plain_step_is_synchronous(run: Run) -> None:

@@ -31,8 +31,8 @@ Tell = Callable[[float, Event], None]
 class Learner:
     """The training of `spec` under the name of a site or worker; `tell` gets its events.
 
-    A step's gradient is the mean over `num_workers` batches: the arm brings those of the others. `teachers`, with their
-    weights, are found on `board`. It begins at `now_s`.
+    A step's gradient is the mean over `num_workers` batches: the arm brings those of the others. Of several that read the
+    data of one site, it has the `share` (k, n). `teachers`, with their weights, are found on `board`. It begins at `now_s`.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Learner:
         step_times: StepTimes,
         *,
         num_workers: int = 1,
+        share: tuple[int, int] = (0, 1),
         teachers: Mapping[str, float] | None = None,
         board: MemoryBoard | None = None,
         now_s: float = 0.0,
@@ -61,7 +62,13 @@ class Learner:
         self._codistiller: Codistiller
         self._device = choose_device(spec.group, num_local_ranks=1, local_rank=0)
         self.training = Training(
-            spec, self._device, None, join=self._join, clock=lambda: self.now_s, num_workers=num_workers
+            spec,
+            self._device,
+            None,
+            join=self._join,
+            clock=lambda: self.now_s,
+            num_workers=num_workers,
+            share=share,
         )
         self._random_states = random_states(self._device)
 

@@ -76,13 +76,15 @@ class ArmRun:
         is_lead: bool = False,
         tell: Tell | None = None,
         num_workers: int = 1,
+        share: tuple[int, int] = (0, 1),
         teachers: Mapping[str, float] | None = None,
         board: MemoryBoard | None = None,
         codistillation: CodistillationConfig | None = None,
         now_s: float = 0.0,
         **training: Any,
     ) -> Learner:
-        """A learner with the data of `site` (see `ScenarioConfig.shards_of`), called `name` where a site has several.
+        """A learner with the data of `site` (see `ScenarioConfig.shards_of`), called `name` where a site has several, each
+        with its `share` of that data, in the order that is the site's.
 
         Of an arm that has one site for all, the lead's model is what it leaves. Events go to `tell`, by default to the log
         of a site that has one, else nowhere. `training` are keys of `[training]` that it has otherwise. For the rest, see
@@ -104,7 +106,7 @@ class ArmRun:
                 "training_folder": folder / "training",
                 "model_path": folder / "model.safetensors",
                 "task": task.located_in(place.node_file.parent),
-                "training": self.training.of_site(name).model_copy(update=training),
+                "training": self.training.of_site(site if share[1] > 1 else name).model_copy(update=training),
                 "codistillation": codistillation or spec.codistillation,
             }
         )
@@ -115,6 +117,7 @@ class ArmRun:
             tell,
             self.step_times,
             num_workers=num_workers,
+            share=share,
             teachers=teachers,
             board=board,
             now_s=now_s,
