@@ -26,6 +26,8 @@ CURVE_AXES: tuple[CurveAxis, ...] = ("steps", "seconds", "bytes")
 _LINE_POINTS = 13.5
 """Between the labels of two lines."""
 _LINES = ("-", (0, (4, 2)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
+_LINE_MARKS = ("", "– –  ", "·····  ", "– · –  ")
+"""What tells the label of a line from those of others in its colour."""
 _MIN_BAR_SHARE = 0.3
 """Of the longest bar, by which some other must be shorter: else bars would look alike."""
 _AXES: Mapping[CurveAxis, tuple[str, Callable[[Point], float]]] = {
@@ -102,7 +104,8 @@ def loss_curves(
             amounts, losses, lows, highs = zip(*line, strict=True)
             axes.plot(amounts, losses, color=colour, linestyle=shape, zorder=3)
             axes.fill_between(amounts, lows, highs, color=colour, alpha=0.15, linewidth=0)
-            ends.append(LineEnd(amounts[-1], losses[-1], f"{name}  {losses[-1]:.3f}", colour))
+            mark = _LINE_MARKS[_LINES.index(shape)]
+            ends.append(LineEnd(amounts[-1], losses[-1], f"{mark}{name}  {losses[-1]:.3f}", colour))
         axes.set_ylim(*_loss_range([line for line in means.values() if line]))
         axes.set_xlabel(label)
         axes.set_ylabel(f"held-out loss ({loss_unit})")

@@ -39,6 +39,15 @@ def test_every_arm_is_drawn_and_named(axis: str) -> None:
     assert (left, right) == {"steps": (0, 100), "seconds": (0, 200), "bytes": (200, 1e7)}[axis]
 
 
+def test_labels_tell_lines_of_one_colour_apart() -> None:
+    arms = {f"arm-{index}": arm(f"arm-{index}", 1.0 + index) for index in range(len(SITE_COLOURS) + 1)}
+    figure = loss_curves(arms, "steps", loss_unit="nats")
+    assert figure is not None
+    labels = [text.get_text() for text in figure.axes[0].texts]
+    (dashed,) = [label for label in labels if label.startswith("– –  ")]
+    assert dashed.split()[2] == f"arm-{len(SITE_COLOURS)}"
+
+
 def test_an_arm_that_sends_nothing_is_drawn_across_at_its_final_loss() -> None:
     figure = loss_curves(ARMS, "bytes", loss_unit="nats/byte")
     assert figure is not None
