@@ -17,6 +17,7 @@ RUNS = Path("runs", "reproduced")
 RESULT_FILE = "result.md"
 CLAIMS = (
     "private_data",
+    "private_data_alone",
     "private_data_shrunk",
     "private_data_unlike",
     "versus_averaging",

@@ -26,7 +26,7 @@ def load_reproduce() -> ModuleType:
 
 
 REPRODUCE = load_reproduce()
-VARIANTS = {"private_data_shrunk", "private_data_unlike", "versus_averaging_unlike"}
+VARIANTS = {"private_data_alone", "private_data_shrunk", "private_data_unlike", "versus_averaging_unlike"}
 """Of scenarios that have a variant for a GPU already."""
 
 
