@@ -35,7 +35,7 @@ class CodistillationConfig(StrictModel):
     ramp_steps: NonNegativeInt = 0
     """Steps over which the weight grows linearly from 0 after burn-in; 0 switches it on at once, as in the paper."""
     exchange_interval_steps: PositiveInt = 50
-    """Steps between two published snapshots."""
+    """Steps between two published snapshots; the first is at the end of burn-in, whatever the interval."""
     weight: NonNegativeFloat = 1.0
     """Factor of the distillation loss; the paper uses 1."""
     loss: Literal["soft-cross-entropy", "kl", "squared-error"] = "soft-cross-entropy"

@@ -21,7 +21,7 @@ def distillation_weight(config: CodistillationConfig, num_steps: int) -> float:
 def teachers_due(
     config: CodistillationConfig, teachers: Sequence[Mapping[str, float]], num_steps: int
 ) -> Mapping[str, float]:
-    """Who teaches in the update after `num_steps`, with which weights, of a schedule over the student's own exchange count.
+    """Who teaches in the update after `num_steps`, with which weights, of a schedule over the intervals gone through.
 
     `teachers` has one table for each exchange interval; they are used in turn. Empty without any.
     """

@@ -73,28 +73,52 @@ class ArmFigures:
         """By seed."""
         return self.final(lambda point: point.loss)
 
-    def of_sites(self, names: Collection[str]) -> ArmFigures:
-        """The same of these sites alone."""
+    def of_sites(self, names: Mapping[int, Collection[str]]) -> ArmFigures:
+        """The same of the sites with these names under each seed; seconds and bytes stay those of all sites."""
         histories = {
-            seed: {name: history for name, history in of.items() if name in names}
+            seed: {name: history for name, history in of.items() if name in names[seed]}
             for seed, of in self.histories.items()
         }
         return replace(
             self,
-            curves={seed: _mean_curve(list(of.values())) for seed, of in histories.items()},
+            curves={seed: self._curve_of(seed, list(of.values())) for seed, of in histories.items()},
             predictions={
-                seed: {name: predicted for name, predicted in of.items() if name in names}
+                seed: {name: predicted for name, predicted in of.items() if name in names[seed]}
                 for seed, of in self.predictions.items()
             },
             training_losses={seed: _training_loss(list(of.values())) for seed, of in histories.items()},
             histories=histories,
         )
 
+    def _curve_of(self, seed: int, histories: Sequence[SiteHistory]) -> list[Point]:
+        whole = {point.step: point for point in self.curves[seed]}
+        return [
+            replace(point, seconds=whole[point.step].seconds, num_bytes=whole[point.step].num_bytes)
+            for point in _mean_curve(histories)
+            if point.step in whole
+        ]
 
-def over_common_sites(one: ArmFigures, other: ArmFigures) -> tuple[ArmFigures, ArmFigures]:
-    """Both of the sites that both have under all seeds, or as they are where there are none (of a pooled arm, say)."""
-    common = set.intersection(*(set(of) for arm in (one, other) for of in arm.histories.values() or [{}]))
-    return (one.of_sites(common), other.of_sites(common)) if common else (one, other)
+
+def over_common_sites(arm: ArmFigures, *others: ArmFigures) -> list[ArmFigures]:
+    """`arm` and the others, each over the sites that all of them have, but for those that share none with `arm`: a pooled
+    arm stays as it is.
+    """
+    names = _names_of(arm)
+    related = [other for other in others if names & _names_of(other)]
+    common = {
+        seed: set.intersection(set(of), *(set(o.histories[seed]) for o in related if seed in o.histories))
+        for seed, of in arm.histories.items()
+    }
+    if not related or not all(common.values()):
+        return [arm, *others]
+    return [
+        arm.of_sites(common),
+        *(other.of_sites(common) if other in related else other for other in others),
+    ]
+
+
+def _names_of(arm: ArmFigures) -> set[str]:
+    return {name for of in arm.histories.values() for name in of}
 
 
 def arm_figures(

@@ -3,11 +3,11 @@
 How each measure is taken, under every seed (see `claim_config` for what a claim names):
 
 - `final-loss`, `metric`: of the last evaluation, mean over sites. `loss-difference`, `loss-ratio`, `metric-difference`:
-  the arm's, minus or divided by the strongest baseline's under the same seed.
+  the arm's, minus or divided by the baseline's under the same seed.
 - `steps-ratio`, `seconds-ratio`, `bytes-ratio`: what the mean of the arm's sites takes to come down to the best loss of the
-  strongest baseline, divided by what that took to get there: two equal curves give 1. Where an arm never gets there, the
-  figure is at least what it took in all, and no less than 1: such a seed is told of (`never`), and the claim is not
-  reproduced, whatever the mean.
+  baseline, divided by what that took to get there: two equal curves give 1. Where an arm never gets there, the
+  figure is at least what it took in all, and no less than 1: such a seed is told of (`never`), and does not count as
+  getting there soon, whatever the mean.
 - `gap-closed`: (against - arm) / (against - towards), of final losses. Undefined where there is no gap.
 - `churn`, `churn-ratio`: of every two seeds, how far the predictions of the same site are apart, mean over sites; the ratio
   is to the baseline's of the same two seeds.
@@ -17,8 +17,8 @@ How each measure is taken, under every seed (see `claim_config` for what a claim
   mean over sites: what is left of `final-loss` when models are no more and no less sure than they are right.
 - `calibration-error`: of each site's final model, mean over sites. `diversity`: of an arm's sites, mean over pairs.
 
-Of several baselines, the one counts against which the claim fares worst, by the mean over seeds, of those that did not
-diverge. Without a bound there is no worse: then it is the one whose final loss is lowest.
+Of several baselines, the one counts against which the claim fares worst, of those that did not diverge. Without a bound
+there is no worse: then it is the one whose final loss is lowest.
 
 An arm and its baseline are compared over the sites that both have, where they have some in common: sites differ, and the
 mean of eight says nothing of a baseline of two.
@@ -43,6 +43,7 @@ from p2pcodistill.report.measures import (
     diversity,
 )
 from p2pcodistill.report.verdicts import (
+    VERDICTS,
     Claim,
     Spread,
     Verdict,
@@ -122,10 +123,10 @@ def _settle_against(
 ) -> Settled:
     name = None if baseline is None else baseline.name
     if baseline is not None:
-        arm, baseline = over_common_sites(arms[claim.arm], baseline)
-        arms = {**arms, claim.arm: arm}
-        if claim.towards is not None:
-            arms[claim.towards] = over_common_sites(arm, arms[claim.towards])[1]
+        arm, baseline, *towards = over_common_sites(
+            arms[claim.arm], baseline, *([arms[claim.towards]] if claim.towards is not None else [])
+        )
+        arms = {**arms, claim.arm: arm, **{other.name: other for other in towards}}
     try:
         figures = _FIGURES[claim.measure](claim, arms, baseline)
         figure = _spread(figures)
@@ -133,18 +134,20 @@ def _settle_against(
         return Settled(claim, name, {}, None, None, why=str(reason))
     never = _never(claim, arms[claim.arm], baseline) if claim.measure in _AXES else ()
     verdict = judge(_as_judged(claim), figure) if claim.is_judged else None
-    if never and verdict == "reproduced" and claim.at_most is not None:
-        verdict = "not at this scale"  # what was seen is a bound from below, which draws the mean down
+    # Where it never got there, the figure is a bound from below: it may be higher.
+    if never and verdict == ("contradicted" if claim.at_most is None else "reproduced"):
+        verdict = "not at this scale"
     return Settled(claim, name, figures, figure, verdict, never)
 
 
-def _how_it_fares(settled: Settled) -> tuple[bool, bool, float]:
-    """The lower, the worse; worst of all, where it cannot be told."""
-    if settled.figure is None:
-        return False, False, 0.0
-    is_at_most = settled.claim.at_most is not None
-    mean = settled.figure.mean
-    return True, not (settled.never and is_at_most), -mean if is_at_most else mean
+def _how_it_fares(settled: Settled) -> tuple[int, float]:
+    """The lower, the worse: by the verdict, and then by the figure that decided on it. Worst of all, where there is none."""
+    if settled.figure is None or settled.verdict is None:
+        return -len(VERDICTS), 0.0
+    figure, is_beyond = settled.figure, settled.claim.beyond_spread
+    if settled.claim.at_most is None:
+        return -VERDICTS.index(settled.verdict), figure.lowest if is_beyond else figure.mean
+    return -VERDICTS.index(settled.verdict), -(figure.highest if is_beyond else figure.mean)
 
 
 def _require_finished(claim: ClaimConfig, arms: Mapping[str, ArmFigures]) -> None:

@@ -35,6 +35,8 @@ class ArmRow:
     """Mean over seeds."""
     num_bytes: float
     """Sent by all sites, mean over seeds."""
+    num_compared_sites: int | None = None
+    """Over how many of its sites the difference is taken: those that the baseline has, too. None: over all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +85,11 @@ def compare(
 
 def _row(arm: ArmFigures, baseline: ArmFigures | None) -> ArmRow:
     lasts = [curve[-1] for curve in arm.curves.values() if curve]
-    difference = None
+    difference = num_compared = None
     if baseline is not None and baseline is not arm and baseline.is_finished and arm.is_finished:
         ours, baseline = over_common_sites(arm, baseline)
+        counts = [max(map(len, of.histories.values()), default=0) for of in (ours, arm)]
+        num_compared = counts[0] if counts[0] < counts[1] else None
         theirs = baseline.final_losses
         common = {seed: loss for seed, loss in ours.final_losses.items() if seed in theirs}
         difference = _spread(paired_differences(common, {seed: theirs[seed] for seed in common}))
@@ -99,6 +103,7 @@ def _row(arm: ArmFigures, baseline: ArmFigures | None) -> ArmRow:
         max((point.step for point in lasts), default=0),
         sum(point.seconds for point in lasts) / num_seeds,
         sum(point.num_bytes for point in lasts) / num_seeds,
+        num_compared,
     )
 
 
@@ -219,6 +224,8 @@ def arm_cells(row: ArmRow, comparison: Comparison) -> list[str]:
         difference = "baseline"
     elif row.difference is not None and row.difference.num < len(row.seeds):
         difference += f" ({row.difference.num} of {len(row.seeds)} seeds)"
+    if row.num_compared_sites is not None:
+        difference += f" ({row.num_compared_sites} of its sites)"
     return [
         row.name,
         with_spread(row.final_loss) + ("" if row.is_finished else "*"),

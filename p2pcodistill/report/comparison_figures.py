@@ -164,10 +164,11 @@ def bars(
 
 
 def _num_digits(figures: Collection[Spread]) -> int:
-    """After the point, the same for all: three, or four where figures are small; fewer where spreads are wide."""
-    most = 3 if max(abs(of.mean) for of in figures) >= 0.5 else 4
-    spreads = [of.half_range for of in figures if of.half_range > 0]
-    return min(max(1 - math.floor(math.log10(min(spreads))), 1), most) if spreads else most
+    """After the point, the same for all: three, or more where figures are small; fewer where spreads are wide."""
+    largest = max(abs(of.mean) for of in figures)
+    most = 3 if largest >= 0.5 else min(2 - math.floor(math.log10(largest)), 8) if largest > 0 else 3
+    widest = max(of.half_range for of in figures)
+    return min(max(1 - math.floor(math.log10(widest)), 0), most) if widest > 0 else most
 
 
 def _write_at(axes: Axes, of: Spread, place: int, digits: int) -> None:

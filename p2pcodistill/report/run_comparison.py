@@ -148,7 +148,8 @@ def _group(runs: Sequence[RecordedRun], chosen: tuple[str, str] | None) -> RunGr
     for run in runs:
         for name, figures in arm_figures(run.results, {}).items():
             label = labels[run.name][name]
-            arms[label] = replace(figures, name=label)
+            # Sites of one name in two runs need not have the same data: each arm is taken as a whole.
+            arms[label] = replace(figures, name=label, histories={})
     run_name, arm = chosen if chosen is not None and chosen[0] in labels else (runs[0].name, "")
     arm = arm or default_baseline(runs[0])
     return RunGroup(runs, labels, compare(arms, baseline=labels[run_name][arm]))

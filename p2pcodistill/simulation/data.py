@@ -202,7 +202,7 @@ def _require_enough(scenario: ScenarioConfig, task: LanguageModelConfig, text: S
                 len(vocabulary.encode_documents([text.shards[site.name]])),
                 site.data or scenario.data.paths,
                 task,
-                batch_size=scenario.training.batch_size,
+                batch_size=scenario.training.batch_size * max(map(scenario.num_streams_of, scenario.arms)),
                 num_ranks=scenario.group.num_ranks,
             )
         except DataError as error:

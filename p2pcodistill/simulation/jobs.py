@@ -86,7 +86,7 @@ def make_jobs(scenario: ScenarioConfig) -> list[Job]:
                 case "apart":
                     parts = [(site,) for site in sites]
                 case "one":
-                    parts = [(SiteRun(POOLED_SITE, names),)]
+                    parts = [(SiteRun(POOLED_SITE, scenario.pool_of(arm)),)]
             cost = _cost(scenario, arm)
             jobs += [
                 Job(

@@ -174,6 +174,15 @@ class ScenarioConfig(StrictModel):
         """The sites that are in that arm."""
         return self.site_names[: arm.num_sites]
 
+    def pool_of(self, arm: ArmConfig) -> tuple[str, ...]:
+        """The sites whose data one site has in that arm, where it stands for all."""
+        return self.sites_of(arm)[: 1 if (arm.sharing or self.data.sharing) == "first" else None]
+
+    def num_streams_of(self, arm: ArmConfig) -> int:
+        """By how many times a batch the data of one site is read side by side: once for each of the workers there."""
+        num_workers = arm.num_workers or 1
+        return num_workers if arm.of_kind.module is None else -(-num_workers // len(self.sites_of(arm)))
+
     def shards_of(self, arm: ArmConfig, site: str) -> tuple[str, ...]:
         """The sites whose data `site` trains on in that arm, where it has a model or a worker of its own."""
         match arm.sharing or self.data.sharing:

@@ -39,7 +39,7 @@ def refuse_overlaps(scenario: ScenarioConfig) -> None:
                 inner = path if others.resolve() in path.resolve().parents else others
                 raise ConfigError(
                     f"the sites {one.name!r} and {other.name!r} both have {inner}, "
-                    'and their data is to be disjoint: give each its own, or set data.sharing = "same"'
+                    'and their data is to be disjoint: give each its own, or set data.sharing to "same" or "first"'
                 )
 
 

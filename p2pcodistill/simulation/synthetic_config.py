@@ -33,7 +33,8 @@ class SyntheticConfig(StrictModel):
     exchange_interval_steps: PositiveInt = 50
     """Steps between two published checkpoints."""
     burn_in_steps: NonNegativeInt = 0
-    """Nothing is published before the first exchange after so many steps."""
+    """Nothing is published before the first multiple of the interval after so many steps. (Sites that train publish at the
+    end of burn-in, too: here all versions are one interval apart.)"""
     event_logs: bool = False
     """Write each site's `events.jsonl`, as its node would; a thousand sites make some hundred megabytes."""
 

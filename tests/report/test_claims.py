@@ -438,3 +438,41 @@ def test_an_arm_is_compared_over_the_sites_that_its_baseline_has_too() -> None:
     assert told(gap, *arms).figures == pytest.approx({"0": 1.5 / 2.5})
     (row,) = [row for row in compare(figures, baseline="two").rows if row.name == "all"]
     assert row.difference is not None and row.difference.mean == -1.5
+
+
+def test_the_baseline_that_counts_is_the_one_of_the_worst_verdict() -> None:
+    ours = arm("ours", {0: [1.0], 1: [1.0]})
+    near, noisy = arm("near", {0: [1.1], 1: [1.1]}), arm("noisy", {0: [1.7], 1: [0.9]})
+    settled = told(
+        {"measure": "loss-difference", "against": ("near", "noisy"), "at_most": 0.0, "beyond_spread": True},
+        ours,
+        near,
+        noisy,
+    )
+    assert (settled.baseline, settled.verdict) == ("noisy", "not at this scale")
+    slow = arm("slow", {0: [9.0, 9.0, 1.0], 1: [9.0, 9.0, 1.0]})
+    others = (
+        arm("quick", {0: [1.0, 1.0, 1.0], 1: [1.0, 1.0, 1.0]}),
+        arm("never", {0: [0.5, 2.0, 2.0], 1: [9.0, 9.0, 1.0]}),
+    )
+    claim = {"measure": "steps-ratio", "against": ("quick", "never"), "at_most": 0.5}
+    assert told(claim, slow, *others).baseline == "quick", (
+        "contradicted, where the other is never reached under one seed"
+    )
+
+
+def test_costs_are_those_of_all_sites_even_where_losses_are_compared_over_some() -> None:
+    def site(num_bytes: int) -> SiteHistory:
+        return history(
+            (1.0, TrafficMeasured(num_bytes, 0, {}, {})),
+            (2.0, Evaluated(10, 1.0, 0.1)),
+            (3.0, TrainingEnded(10, True, 0.0, 2.0)),
+        )
+
+    results = [
+        ArmResult("all", "codistilled", 0, {name: site(100) for name in "abcd"}),
+        ArmResult("two", "codistilled", 0, {name: site(100) for name in "ab"}),
+    ]
+    figures = arm_figures(results, {})
+    settled = told({"measure": "bytes-ratio", "against": ("two",)}, *figures.values())
+    assert settled.figures == pytest.approx({"0": 2.0})

@@ -53,6 +53,9 @@ def test_each_has_a_variant_for_a_gpu_that_says_whether_anybody_tried_it(name: s
     assert variant.name == f"{name}_gpu"
     assert variant.claims == small.claims
     assert variant.training.num_steps > small.training.num_steps
+    own_rate = variant.training.learning_rate
+    rates = [variant.training_of(arm).learning_rate / own_rate for arm in variant.arms]
+    assert all(0.4 <= rate <= 3 for rate in rates), "no arm trains at a rate that is for laptops"
     assert ("# Untried" in file.read_text()) != ("# Tried" in file.read_text())
 
 
