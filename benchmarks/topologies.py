@@ -45,7 +45,7 @@ LINE_CLASSES = {
 Figures = dict[str, float | None]
 _PANELS = {
     "upload_mb": ("Upload of the busiest site", "MB an exchange", 1.0),
-    "everyone_knows_s": ("Until everyone learnt of everyone", "minutes", 60.0),
+    "everyone_knows_s": ("Everyone learnt of everyone", "minutes until then", 60.0),
     "staleness_exchanges": ("Stalest teacher", "exchanges behind, mean over time", 1.0),
 }
 """Title, unit, and how many of what was measured make one."""
