@@ -88,10 +88,10 @@ def told(*runs: object, **options: Any) -> str:
     return stream.getvalue()
 
 
-def final_losses(folder: Path, arm: str) -> dict[int, float]:
-    """By seed, mean over sites, from the logs."""
+def final_losses(folder: Path, arm: str, site: str = "*") -> dict[int, float]:
+    """By seed, of a site or mean over all, from the logs."""
     losses: dict[int, list[float]] = {}
-    for log in folder.glob(f"{arm}-seed*/*/events.jsonl"):
+    for log in folder.glob(f"{arm}-seed*/{site}/events.jsonl"):
         records = [json.loads(line) for line in log.read_text().splitlines()]
         seed = int(log.parent.parent.name.rpartition("seed")[2])
         losses.setdefault(seed, []).append([r for r in records if r["event"] == "evaluated"][-1]["val_loss"])
@@ -170,10 +170,10 @@ def test_claims_about_arms_that_have_not_finished_cannot_be_told(runs: dict[str,
 
 def test_with_a_baseline_the_arms_of_one_run_are_compared(runs: dict[str, Path]) -> None:
     shown = told(runs["both"], baseline="lone")
-    ours, theirs = (final_losses(runs["both"], arm) for arm in ("codistilled", "lone"))
+    ours, theirs = (final_losses(runs["both"], arm, "berlin") for arm in ("codistilled", "lone"))
     rows = json.loads((runs["both"] / "summary.json").read_text())["comparison"]["arms"]
     assert rows[0]["difference"]["mean"] == pytest.approx(sum(ours[s] - theirs[s] for s in (0, 1)) / 2)
-    assert "minus lone" in shown
+    assert "minus lone" in shown and "(1 of its sites)" in shown, "the lone arm has no other"
     assert "minus lone" in (runs["both"] / "result.md").read_text()
     assert (runs["both"] / "loss-over-bytes.png").read_bytes().startswith(b"\x89PNG")
 
