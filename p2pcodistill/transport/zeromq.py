@@ -123,9 +123,8 @@ class ZeroMQTransport:
     async def close(self) -> None:
         """See `Transport.close`. Holds the loop for at most `Timing.flush_s`, if a peer does not take its last messages."""
         self._inbox.fail(RuntimeError("the transport is closed"))
-        for channels in self._lanes.peers.values():
-            for channel in list(channels.channels):
-                self._lanes.lose(channel, "this site is closing")
+        for peer in self._lanes.peers:
+            self._lose_all(peer, "this site is closing")
         if self._runner is not None:
             self._runner.cancel()
             await asyncio.wait([self._runner])
@@ -136,10 +135,13 @@ class ZeroMQTransport:
     def deny(self, peer: str) -> None:
         """Take the key of `peer` off the allow-list: its session ends, behind what was sent to it, and it is refused."""
         self._lanes.denied.add(peer)
+        self._lose_all(peer, revoked(peer))
+
+    def _lose_all(self, peer: str, why: str) -> None:
         channels = self._lanes.peers[peer]
-        # The one in use last: no other takes its place.
+        # The one in use last: no other takes its place, and the peer does not move there before it has read the last words.
         for channel in sorted(channels.channels, key=lambda channel: channel is channels.in_use):
-            self._lanes.lose(channel, revoked(peer))
+            self._lanes.lose(channel, why)
 
     def admit(self, peer: str) -> None:
         """Put the key of `peer` on the allow-list again."""

@@ -30,7 +30,7 @@ from p2pcodistill.transport.base import (
     TransportEvent,
     split_address,
 )
-from p2pcodistill.transport.channels import PeerChannels, Step
+from p2pcodistill.transport.channels import Drop, PeerChannels, Step
 from p2pcodistill.transport.receipts import MIN_UNDER_WAY_BYTES, RECEIPT_INTERVAL_BYTES
 from p2pcodistill.transport.sockets import Timing
 from p2pcodistill.transport.zeromq import PeerEndpoint, ZeroMQTransport
@@ -617,6 +617,32 @@ async def test_the_channel_that_stands_by_takes_over(transports: list[ZeroMQTran
     for transport, peer, other in ((pair[0], "b", pair[1]), (pair[1], "a", pair[0])):
         assert transport.send(peer, Lane.CONTROL, [b"still here"])
         assert (await expect(other, Received)).payload == (b"still here",)
+
+
+@pytest.mark.parametrize("closer", [0, 1])
+async def test_last_words_arrive_though_another_channel_stands_by(
+    transports: list[ZeroMQTransport], closer: int
+) -> None:
+    pair = await open_both_ways(transports)
+    for transport in pair:
+        await expect(transport, Opened)
+    other, name, its_name = pair[1 - closer], "ab"[closer], "ba"[closer]
+    words = [b"%d" % index for index in range(50)]
+    for word in words:
+        assert pair[closer].send(its_name, Lane.CONTROL, [word])
+    channels = pair[closer]._lanes.peers[its_name]
+    channels.channels.sort(key=lambda channel: channel is not channels.in_use)  # either may have come first
+    with pytest.MonkeyPatch.context() as patch:
+        steps: list[Step] = []
+        take = pair[closer]._lanes.take
+        patch.setattr(pair[closer]._lanes, "take", lambda taken: steps.extend(taken) or take(taken))
+        await pair[closer].close()
+    assert [type(step) for step in steps if not isinstance(step, Drop)] == [Closed], (
+        "the session does not move"
+    )
+    heard = [await expect(other, Received) for _ in words]
+    assert [received.payload for received in heard] == [(word,) for word in words]
+    assert await expect(other, Closed) == Closed(name, f"{name} closed the connection")
 
 
 async def test_a_process_that_was_replaced_does_not_come_back(transports: list[ZeroMQTransport]) -> None:
